@@ -1,0 +1,52 @@
+# `make demo` and `make test` need nothing but python3.11+ with venv: they make .venv themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+LAUNCH := accelerate launch --quiet --config_file configs/single.yaml
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint clean paper-toy ablations
+
+demo: .venv/installed
+	$(LAUNCH) grpo.py --output_dir outputs/demo --overwrite $(ARGS)
+	python report.py outputs/demo --out outputs/demo/report.html --png report.png
+
+test: .venv/installed
+	python -m pytest
+
+lint: .venv/installed
+	ruff check .
+	ruff format --check .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv outputs report.png
+
+# --- the four roads: base, + SFT, + GRPO, + cold start + GRPO, over three seeds ---
+
+SEEDS ?= 0 1 2
+ROADS := outputs/paper-toy
+paper-toy: .venv/installed $(ROADS)/base/scores.json \
+           $(foreach road,sft grpo cold,$(foreach seed,$(SEEDS),$(ROADS)/$(road)-$(seed)/scores.json))
+	python eval_cvbench.py --compare $(ROADS)/*/scores.json
+
+$(ROADS)/base/scores.json:
+	$(LAUNCH) eval_cvbench.py --model toy --benchmark toy --output_dir $(@D)
+$(ROADS)/%/scores.json: $(ROADS)/%/final
+	$(LAUNCH) eval_cvbench.py --model $< --benchmark toy --output_dir $(@D)
+$(ROADS)/sft-%/final:
+	$(LAUNCH) sft.py --seed $* --output_dir $(@D) --overwrite
+$(ROADS)/grpo-%/final:
+	$(LAUNCH) grpo.py --seed $* --output_dir $(@D) --overwrite
+$(ROADS)/trace-%/final:
+	$(LAUNCH) sft.py --target trace --max_steps 20 --seed $* --output_dir $(@D) --overwrite
+$(ROADS)/cold-%/final: $(ROADS)/trace-%/final
+	$(LAUNCH) grpo.py --model $< --seed $* --output_dir $(@D) --overwrite
+.SECONDARY:
+
+ablations: .venv/installed
+	python benchmarks/ablations.py
