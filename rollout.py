@@ -61,12 +61,16 @@ def invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 def choose(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
     """One token a row by inverting the distribution function: (N, V), (N,) -> (N,).
 
-    First a block of the vocabulary, then a token of it, so that what needs float64 is short.
+    Of a long vocabulary first a block, then a token of it, so that what needs float64 is short.
     Temperature 0 takes the most likely token.
     """
     if temperature == 0:
         return logits.argmax(-1)
     probs = torch.softmax(logits.float() / temperature, -1)
+    if probs.shape[-1] <= BLOCK**2:
+        cdf = probs.cumsum(-1, dtype=torch.float64)
+        index = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+        return index.squeeze(-1).clamp(max=probs.shape[-1] - 1)  # NaN would lead beyond the end
     blocks = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     block, inside = invert(blocks.sum(-1), uniform)
     tokens = blocks.gather(1, block[:, None, None].expand(-1, 1, BLOCK)).squeeze(1)
@@ -148,9 +152,10 @@ class Decoder:
         self.head = model.lm_head.weight.to(self.dtype)
         self.head_bias = torch.zeros(len(self.head), dtype=self.dtype, device=device)
         self.head_bias[[getattr(model.config, name) for name in VISION_TOKENS]] = -torch.inf
-        own = torch.zeros(
-            len(language.layers), 2, N, self.K, C, self.D, dtype=self.dtype, device=device
-        )
+        # zeros where masked positions are read too: 0 * NaN is not 0
+        allocate = torch.zeros if self.static else torch.empty
+        shape = (len(language.layers), 2, N, self.K, C, self.D)
+        own = allocate(shape, dtype=self.dtype, device=device)
         parts = zip(language.layers, cache.layers, own, strict=True)
         self.own, self.layers = own, [self.prepare(*part) for part in parts]
         mask = torch.where(prompt_inputs["attention_mask"].bool(), 0.0, -torch.inf).to(self.dtype)

@@ -6,7 +6,8 @@
 
 Both sample with the same settings: temperature 1, the whole vocabulary. `fixed`: every completion
 has the same length. `drawn`: any of several tokens ends a completion, so that lengths are spread
-geometrically about a mean, as in a run; only tokens up to the end count.
+geometrically about a mean. `run` (toy): the embedded base model on its own questions, as `grpo.py`
+samples it. Only tokens up to the end count.
 
 The limit of a GPU is the time to read, once a step, the weights, each prompt's keys and values once
 and those of the completions, at the bandwidth of a large copy; that of a CPU the time of the matrix
@@ -31,6 +32,8 @@ from common import (
     to,
 )
 
+from data import load_rows
+from model import load_policy
 from rollout import sample
 
 CASES = {  # size: prompts, completions of each, visual tokens, text tokens, lengths
@@ -55,6 +58,42 @@ def decoding_limit(model, inputs: dict, lengths: torch.Tensor) -> float:
     return (steps * weights * bytes_each + (own + prompt) * per_token) / bandwidth("cuda")
 
 
+def race(model, inputs: dict, G: int, C: int, ends: list[int], options):
+    """Tokens per second of each contestant, turn by turn; seconds and last lengths likewise."""
+    P, lengths = inputs["input_ids"].shape[1], {}
+
+    def ours(name: str, decoding: str | None) -> None:
+        turn = len(lengths.setdefault(name, []))
+        _, mask = sample(model, inputs, G, C, step=turn, decoding=decoding)
+        lengths[name].append(mask.sum(-1))
+
+    def generate() -> None:
+        ids = model.generate(
+            **inputs,
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            repetition_penalty=1.0,
+            num_return_sequences=G,
+            max_new_tokens=C,
+        )[:, P:]
+        is_end = torch.isin(ids, torch.tensor(ends or [-1], device=ids.device)).long()
+        lengths.setdefault("generate", []).append((is_end.cumsum(-1) == is_end).sum(-1))
+        model.model.rope_deltas = None
+
+    contestants = {"generate": generate, "sample": lambda: ours("sample", None)}
+    for decoding in options.decoding:
+        contestants[decoding] = lambda decoding=decoding: ours(decoding, decoding)
+    torch.manual_seed(0)
+    seconds = interleaved(contestants, options.repetitions)
+    rates = {
+        name: [int(n.sum()) / s for n, s in zip(lengths[name][1:], times, strict=True)]
+        for name, times in seconds.items()
+    }
+    return rates, seconds, lengths
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -66,62 +105,39 @@ def main() -> None:
     B, G, visual, text, lengths = CASES[options.size]
     model, processor = build(options.size)
     inputs = to(processor.collate(prompts(processor, B, visual, text)), model.device)
-    P = inputs["input_ids"].shape[1]
-    rows, raw = [], []
+    # ended by any of k of V tokens: about V / k tokens long, cut at C
+    V = model.config.text_config.vocab_size
+    cases = []
     for C in lengths:
-        for kind in ("fixed", "drawn"):
-            # ended by any of k of V tokens: about V / k tokens long, cut at C
-            V = model.config.text_config.vocab_size
-            ends = list(range(100, 100 + V * 3 // C)) if kind == "drawn" else []
+        cases += [("fixed", C, []), ("drawn", C, list(range(100, 100 + V * 3 // C)))]
+    if options.size == "toy":
+        cases.append(("run", 96, None))
+
+    rows, raw = [], []
+    for kind, C, ends in cases:
+        if kind == "run":
+            model, processor = load_policy("toy")
+            ends = processor.end_ids
+            asked = [processor.prepare(row, "base") for row in load_rows("toy", limit=B)]
+            inputs = processor.collate([row["encoded"] for row in asked])
+        else:
             set_ends(model, ends)
-            counts: dict[str, list[torch.Tensor]] = {}
-
-            def ours(name: str, decoding: str | None) -> None:
-                counts.setdefault(name, []).append(  # noqa: B023
-                    sample(model, inputs, G, C, decoding=decoding)[1].sum(-1)  # noqa: B023
-                )
-
-            def generate() -> None:
-                ids = model.generate(
-                    **inputs,
-                    do_sample=True,
-                    temperature=1.0,
-                    top_p=1.0,
-                    top_k=0,
-                    repetition_penalty=1.0,
-                    num_return_sequences=G,
-                    max_new_tokens=C,  # noqa: B023
-                )[:, P:]
-                is_end = torch.isin(ids, torch.tensor(ends or [-1], device=ids.device))  # noqa: B023
-                before = is_end.long().cumsum(-1) - is_end.long()
-                counts.setdefault("generate", []).append((before == 0).sum(-1))  # noqa: B023
-                model.model.rope_deltas = None
-
-            contestants = {"generate": generate, "sample": lambda: ours("sample", None)}
-            for decoding in options.decoding:
-                contestants[decoding] = lambda decoding=decoding: ours(decoding, decoding)
-            torch.manual_seed(0)
-            seconds = interleaved(contestants, options.repetitions)
-            rates = {
-                name: [int(n.sum()) / s for n, s in zip(counts[name][1:], times, strict=True)]
-                for name, times in seconds.items()
-            }
-            limit = decoding_limit(model, inputs, counts["sample"][-1])
-            for name, times in seconds.items():
-                share = limit / statistics.median(times)
-                faster = ratio(rates[name], rates["generate"])
-                rows.append(
-                    {
-                        "lengths": f"{kind}, {'' if kind == 'fixed' else 'at most '}{C}",
-                        "contestant": name,
-                        "mean length": f"{counts[name][-1].float().mean():.0f}",
-                        "tokens/s": spread(rates[name]),
-                        "against generate": "1" if name == "generate" else spread(faster),
-                        "of the limit": f"{share:.0%}" if name != "generate" else "",
-                    }
-                )
-                raw.append({"name": name, "kind": kind, "C": C, "seconds": times})
-    report(f"rollout, {options.size}, {B} x {G}, prompt {P}", rows, raw)
+        rates, seconds, counts = race(model, inputs, G, C, ends, options)
+        limit = decoding_limit(model, inputs, counts["sample"][-1])
+        for name, times in seconds.items():
+            ours, mean = name != "generate", torch.cat(counts[name][1:]).float().mean()
+            rows.append(
+                {
+                    "lengths": f"{kind}, {'' if kind == 'fixed' else 'at most '}{C}",
+                    "contestant": name,
+                    "mean length": f"{mean:.0f}",
+                    "tokens/s": spread(rates[name]),
+                    "times faster": spread(ratio(rates[name], rates["generate"])) if ours else "1",
+                    "of the limit": f"{limit / statistics.median(times):.0%}" if ours else "",
+                }
+            )
+            raw.append({"name": name, "kind": kind, "C": C, "seconds": times})
+    report(f"rollout, {options.size}, {B} x {G}", rows, raw)
 
 
 if __name__ == "__main__":

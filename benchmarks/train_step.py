@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import group_logps, token_logps
 
-SHAPES = {  # size: (visual tokens, text tokens, completion length)
+SHAPES = {  # size: (visual tokens, text tokens, longest completion; the shortest is half of it)
     "toy": [(36, 28, 8), (36, 28, 64), (9, 23, 128)],
-    "100m": [(512, 100, 64)],
+    "100m": [(512, 100, 64), (512, 100, 300), (512, 100, 700)],
     "2b": [(512, 100, 300), (512, 100, 700)],
 }
 

@@ -102,7 +102,8 @@ def test_kill_9_at_a_random_moment_then_resume_equals_the_uninterrupted_run(
     assert stage.wait()[0] == -signal.SIGKILL
     saved = steps_of(folder)
 
-    output = run("--resume", output_dir=folder)
+    # the same command: it may have been killed before it had written down its settings
+    output = run("--model", model, *FLAGS, "--resume", output_dir=folder)
     if saved:
         assert f"resuming from {folder / f'checkpoint-{saved[-1]}'}\n" in output
     else:
