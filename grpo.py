@@ -223,6 +223,10 @@ class Group:
     rewards: Tensor  # (G, R), one column per reward function
     advantages: Tensor | None = None  # (G,)
 
+    @property
+    def tokens(self) -> int:
+        return int(self.completion_mask.sum())
+
     def record(self, names: list[str], step: int) -> dict:
         """The group as a line of rollouts.jsonl."""
         rewards = {name: self.rewards[:, i].tolist() for i, name in enumerate(names)}
@@ -324,8 +328,7 @@ def micro_batches(
     makes equally many and at least one, if need be of weight 0: they meet in every backward pass.
     """
     device = accelerator.device
-    tokens = {id(group): int(group.completion_mask.sum()) for group in groups}
-    order = sorted(groups, key=lambda group: tokens[id(group)], reverse=True)
+    order = sorted(groups, key=lambda group: group.tokens, reverse=True)
     used = [group for group in order if config.beta or group.advantages.any()]
     size = config.prompts_per_forward
     parts = [used[i : i + size] for i in range(0, len(used), size)]
@@ -336,16 +339,16 @@ def micro_batches(
         if config.loss_type == "dapo":  # divided by the tokens of all processes: undo their mean
             weight = accelerator.num_processes * bool(part)
         elif config.loss_type == "bnpo":
-            weight = sum(tokens[id(group)] for group in part) / sum(tokens.values())
+            weight = sum(group.tokens for group in part) / sum(group.tokens for group in groups)
         else:
             weight = len(part) / len(groups)
         part = part or order[-1:]
-        C = max(int(group.completion_mask.sum(-1).max()) for group in part)
-        fit = [
-            [nn.functional.pad(t[:, :C], (0, C - t[:, :C].shape[1])) for t in both]
-            for both in ((g.completion_ids, g.completion_mask) for g in part)
-        ]
-        ids, mask = (torch.stack(tensors) for tensors in zip(*fit, strict=True))
+        rows = (zip(g.completion_ids, g.completion_mask.bool(), strict=True) for g in part)
+        tight = [ids[mask] for group in rows for ids, mask in group]
+        ids, mask = (
+            nn.utils.rnn.pad_sequence(tensors, batch_first=True).unflatten(0, (len(part), -1))
+            for tensors in (tight, [torch.ones_like(ids) for ids in tight])
+        )
         inputs = to_device(processor.collate([group.row["encoded"] for group in part]), device)
         advantages = torch.stack([group.advantages for group in part]).to(device)
         batch = MicroBatch(inputs, ids, mask, advantages, weight)

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
 import zlib
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, NoReturn
 
 import accelerate
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
@@ -99,7 +101,8 @@ class CommonConfig:
         return None
 
 
-EVAL_BATCH, EVAL_LOGGED = 64, 8  # held-out rows decoded together; those written to rollouts.jsonl
+EVAL_BATCH = 64  # held-out rows decoded together
+EVAL_LOGGED, EVAL_TRACKED = 8, 4  # those written to rollouts.jsonl; those shown in a tracker
 PATIENCE = 5  # updates in a row with a non-finite loss or gradient before the run is stopped
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -427,6 +430,21 @@ class Run:
                         small.save(self.folder / name)
                 file.write(json.dumps(group | {"images": names}) + "\n")
 
+    def track_samples(self, groups: list[dict]) -> None:
+        """A question's image and the completions about it, in the trackers that can show them."""
+        for tracker in self.accelerator.trackers:
+            for number, group in enumerate(groups):
+                name, step, texts = f"samples/{number}", group["step"], group["completions"]
+                image = np.asarray(group["images"][0])
+                if tracker.name == "tensorboard":
+                    tracker.log_images({name: image[None]}, step, dataformats="NHWC")
+                    code = textwrap.indent("\n\n".join(texts), " " * 4)  # Markdown for: as it is
+                    tracker.writer.add_text(name, f"{group['question']}\n\n{code}", step)
+                elif tracker.name == "wandb":
+                    tracker.log_images({name: [image]}, step)
+                    rows = [[group["question"], text] for text in texts]
+                    tracker.log_table(f"{name}-text", ["question", "completion"], rows, step=step)
+
     # --- the end of an update, and of the run ---
 
     def end_update(self, metrics: dict, policy, processor, optimizer, evaluate, boundary=True):
@@ -520,6 +538,7 @@ class Run:
                 answers.append({"accuracy": right, row["task"]: right, "completion_length": length})
                 records.append(rollout_record(row, [text], {"accuracy": [right]}, step, "eval"))
         self.log_rollouts(records[:EVAL_LOGGED])
+        self.track_samples(records[:EVAL_TRACKED])
         answers = gather_object(answers)
         means = {}
         for name in sorted({name for answer in answers for name in answer}):

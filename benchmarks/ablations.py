@@ -3,13 +3,16 @@
     python benchmarks/ablations.py                  # all, then docs/ablations.md and its pictures
     python benchmarks/ablations.py beta-0.2 g-2     # some of the runs
 
-Every run is `grpo.py` with the flags below, in `outputs/ablations/<name>-<seed>`. A finished run is
-not repeated, so an interrupted series goes on where it was. Runs go side by side, one thread each.
+Every run is `grpo.py` with the flags below, in `outputs/ablations/<name>-<seed>`; those of CHANGES
+run a copy of the source with one of the diffs of docs/grpo.md applied. A finished run is not
+repeated, so an interrupted series goes on where it was. Runs go side by side, one thread each.
 """
 
 import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +30,7 @@ import report  # noqa: E402
 
 RUNS, DOCS = Path("outputs/ablations"), Path("docs")  # under ROOT, where everything runs
 SEEDS = (0, 1, 2)
-COMMON = "--max_steps 60 --eval_steps 10 --eval_rows 100 --save_steps 0"
+COMMON = "--max_steps 60 --eval_steps 5 --eval_rows 100 --save_steps 0"
 SFT = "--max_steps 30 --eval_steps 0 --save_steps 0"  # of the run that {sft} stands for
 GOAL = 0.9  # held-out accuracy whose first update is counted
 ABLATIONS = {  # what is changed: the runs that change it, and their flags
@@ -49,7 +52,15 @@ ABLATIONS = {  # what is changed: the runs that change it, and their flags
     "What is trained": {f"frozen-{part}": f"--freeze {part}" for part in ("vision", "language")},
     "Start": {"sft-first": "--model {sft}"},
 }
+CHANGES = {  # the diffs under "Change this line", in their order: flags, the run to compare with
+    "no-clip": ("--num_iterations 4", "iterations-4"),
+    "no-baseline": ("", "default"),
+    "kl-k2": ("--beta 0.04", "beta-0.04"),
+    "pay-for-brevity": ("--rewards accuracy format short", "default"),
+    "crowded-world": ("", "default"),
+}
 FLAGS = {name: flags for runs in ABLATIONS.values() for name, flags in runs.items()}
+FLAGS |= {name: flags for name, (flags, _) in CHANGES.items()}
 LEARNED = dict.fromkeys(FLAGS, "")  # two sentences for each, written when the numbers are there
 
 
@@ -66,11 +77,28 @@ def train(script: str, flags: str, seed: int, out: Path) -> None:
     print(f"{out.name}: done", flush=True)
 
 
+def changed_source(name: str) -> Path:
+    """A copy of the source with the diff applied."""
+    text = (DOCS / "grpo.md").read_text()
+    diffs = re.findall(r"^```diff\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    folder = RUNS / f"{name}-source"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree("assets", folder / "assets")
+    for path in Path().glob("*.py"):
+        shutil.copy(path, folder)
+    diff = diffs[list(CHANGES).index(name)]
+    # without the repository around it, git would leave out the paths that the repository ignores
+    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent.resolve())}
+    subprocess.run(["git", "apply", "-"], cwd=folder, input=diff, text=True, check=True, env=alone)
+    return folder
+
+
 def run(name: str, seed: int) -> None:
     sft, out = (RUNS / f"{run}-{seed}" for run in ("sft", name))
     if "{sft}" in FLAGS[name]:
         train("sft.py", SFT, seed, sft)
-    train("grpo.py", f"{COMMON} {FLAGS[name].format(sft=sft / 'final')}", seed, out)
+    script = str(RUNS / f"{name}-source" / "grpo.py") if name in CHANGES else "grpo.py"
+    train(script, f"{COMMON} {FLAGS[name].format(sft=sft / 'final')}", seed, out)
 
 
 def evaluations(name: str) -> list[list[dict]]:
@@ -92,7 +120,7 @@ def row(name: str) -> str:
     few = f" ({len(reached)} of {len(SEEDS)} seeds)" if 0 < len(reached) < len(SEEDS) else ""
     accuracy = spread([evals[-1]["eval/accuracy"] for evals in seeds], 3)
     length = spread([evals[-1]["eval/completion_length"] for evals in seeds], 1)
-    command = f"`grpo.py {FLAGS[name]}`".replace(" `", "`")
+    command = f"`grpo.py {FLAGS[name]}`".replace(" `", "`") + " with the diff" * (name in CHANGES)
     return f"| {name} | {command} | {accuracy} | {length} | {spread(reached, 0)}{few} |"
 
 
@@ -115,13 +143,17 @@ def document() -> str:
 Written by `make ablations`: one thing about the toy run is changed, and the rest left as it is. Every
 command has `{COMMON}` beside what the table says; `{{sft}}` is a run of `sft.py {SFT}`. Accuracy and
 length (tokens) are those of greedy answers to held-out questions after the last update, mean ± sample
-standard deviation over {len(SEEDS)} seeds. The last column is the first evaluation at {GOAL:.0%} or above.
+standard deviation over {len(SEEDS)} seeds. The last column is the first evaluation, one in five updates, at
+{GOAL:.0%} or above. The last {len(CHANGES)} rows are the diffs under "Change this line" in [grpo.md](grpo.md), with
+their pictures there.
 
 | run | command | accuracy | length | updates to {GOAL:.0%} |
 |---|---|---|---|---|
 """  # noqa: E501
     text += "\n".join(map(row, FLAGS)) + "\n"
     (DOCS / "ablations").mkdir(parents=True, exist_ok=True)
+    for name, (_, other) in CHANGES.items():
+        picture([other, name], DOCS / f"ablations/{name}.png")
     for title, names in ABLATIONS.items():
         file = f"ablations/{next(iter(names))}.png"
         picture(list(dict.fromkeys(["default", *names])), DOCS / file)
@@ -138,6 +170,8 @@ def main() -> None:
     if unknown := [name for name in args.names if name not in FLAGS]:
         parser.error(f"unknown: {' '.join(unknown)}; valid: {' '.join(FLAGS)}")
     os.chdir(ROOT)
+    for name in set(CHANGES).intersection(args.names or FLAGS):
+        changed_source(name)
     jobs = [(name, seed) for seed in SEEDS for name in args.names or FLAGS]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: run(*job), jobs))

@@ -10,7 +10,8 @@ from tiny import tiny_model
 import sft
 import toy
 from grpo import Group, GRPOConfig, explore, micro_batches, sample_groups, update
-from model import Policy, group_logps
+from model import Policy, group_logps, load_policy
+from rollout import sample
 from run import load_data
 from sft import SFTConfig, encode_targets, target_text
 
@@ -250,6 +251,25 @@ def test_one_batch_of_eight_and_eight_of_one_give_equal_gradients():
     for a, b in zip(grads, other_grads, strict=True):
         if a is not None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_sft_learns_32_rows_by_heart():
+    model, processor = load_policy("toy")
+    rows = toy_rows(processor, 32, "base-direct")
+    answers = [target_text(row, "answer") for row in rows]
+    batches = sft.micro_batches(rows, processor, answers, 32)
+    num_tokens = sum(int(mask.sum()) for *_, mask in batches)
+    policy = Policy(model)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+
+    def answered() -> list[str]:
+        inputs = processor.collate([row["encoded"] for row in rows])
+        return processor.decode(*sample(model, inputs, 1, 20, temperature=0.0))
+
+    assert answered() != answers
+    for _ in range(60):
+        sft.update(policy, optimizer, batches, num_tokens, SFTConfig(), ACCELERATOR)
+    assert answered() == answers
 
 
 def test_sft_loss_is_the_librarys_cross_entropy():
