@@ -418,12 +418,7 @@ def main() -> None:
         config = parse_config(GRPOConfig, PAPER)
         accelerator = start_accelerator(config)
         run = Run(config, accelerator)
-        model, processor = load_policy(
-            run.weights,
-            freeze=config.freeze,
-            gradient_checkpointing=config.gradient_checkpointing,
-            max_pixels=config.max_pixels,
-        )
+        model, processor = run.load_policy()
         reference = None
         if config.beta:
             dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32

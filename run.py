@@ -45,7 +45,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from data import BadRow, Feed, load_rows
-from model import Policy, Processor, count_parameters, save_policy
+from model import Policy, Processor, count_parameters, load_policy, save_policy
 from rollout import sample
 
 
@@ -361,10 +361,16 @@ class Run:
             kept = (line for line in path.open() if logged_step(line) <= self.start_step)
             write_whole(path, "".join(kept if self.checkpoint else []))
 
-    @property
-    def weights(self) -> str:
-        """What to load the policy from: the checkpoint that is resumed, or the model asked for."""
-        return str(self.checkpoint or self.config.model)
+    def load_policy(self):
+        """Model and processor: of the checkpoint that is resumed, or what was asked for."""
+        config = self.config
+        return load_policy(
+            str(self.checkpoint or config.model),
+            freeze=config.freeze,
+            gradient_checkpointing=config.gradient_checkpointing,
+            max_pixels=config.max_pixels,
+            seed=config.seed,
+        )
 
     def prepare(self, policy: Policy) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         """Policy and AdamW on this process's device, wrapped and, on resuming, as they were."""

@@ -30,7 +30,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from model import Policy, Replica, load_policy
+from model import Policy, Replica
 from rewards import accuracy_reward, is_correct, lenient_answer
 from run import (
     CommonConfig,
@@ -166,13 +166,7 @@ def main() -> None:
         config = parse_config(SFTConfig, PAPER)
         accelerator = start_accelerator(config)
         run = Run(config, accelerator)
-        model, processor = load_policy(
-            run.weights,
-            freeze=config.freeze,
-            gradient_checkpointing=config.gradient_checkpointing,
-            max_pixels=config.max_pixels,
-            seed=config.seed,
-        )
+        model, processor = run.load_policy()
         style = config.prompt_style
         if style == "auto":
             style = processor.default_style
