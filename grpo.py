@@ -46,6 +46,7 @@ from run import (
     Run,
     flag,
     load_data,
+    open_rows,
     parse_config,
     per_process,
     rollout_record,
@@ -418,6 +419,7 @@ def main() -> None:
         config = parse_config(GRPOConfig, PAPER)
         accelerator = start_accelerator(config)
         run = Run(config, accelerator)
+        rows = open_rows(config)  # before the model: a wrong path is found at once
         model, processor = run.load_policy()
         reference = None
         if config.beta:
@@ -425,7 +427,7 @@ def main() -> None:
             reference, _ = load_policy(config.model, dtype=dtype, max_pixels=config.max_pixels)
             reference.requires_grad_(False).eval().to(accelerator.device)
         style = processor.default_style if config.prompt_style == "auto" else config.prompt_style
-        feed, held_out = load_data(config, processor, style, accelerator)
+        feed, held_out = load_data(rows, config, processor, style, accelerator)
         b = per_process(config, "prompts_per_update", accelerator)
 
     completions = config.prompts_per_update * config.num_generations

@@ -20,13 +20,14 @@ import textwrap
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, NoReturn
 
 import accelerate
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -199,26 +200,31 @@ def prefetched(make: Callable[[int], object], steps: range) -> Iterator[tuple[in
             yield step, now.result()
 
 
-def load_data(config: CommonConfig, processor: Processor, style: str, accelerator: Accelerator):
+def open_rows(config: CommonConfig) -> tuple[Sequence[dict], Sequence[dict]]:
+    """The training and the held-out rows; raises ValueError where there are none."""
+    chosen = dict(max_images=config.max_images, subset=config.subset)
+    train = load_rows(config.dataset, "train", config.seed, **chosen)
+    if not config.eval_steps:
+        return train, []
+    return train, load_rows(config.dataset, "eval", config.seed, config.eval_rows, **chosen)
+
+
+def load_data(rows, config: CommonConfig, processor: Processor, style: str, accelerator):
     """The training feed and this process's share of the held-out rows, encoded."""
-    own = slice(accelerator.process_index, None, accelerator.num_processes)
+    train, held_out = rows
 
     def encode(row: dict) -> None:
         row.update(processor.prepare(row, style, config.max_prompt_length))
 
-    chosen = dict(max_images=config.max_images, subset=config.subset)
-    train = Feed(load_rows(config.dataset, "train", config.seed, **chosen), config.seed, encode)
-    train[0]  # at least one row can be used, or this says why not
-    if not config.eval_steps:
-        return train, []
-    rows = load_rows(config.dataset, "eval", config.seed, config.eval_rows, **chosen)
-    held_out = []
-    for i in range(len(rows))[own]:
+    feed = Feed(train, config.seed, encode)
+    feed[0]  # at least one row can be used, or this says why not
+    own = []
+    for i in range(accelerator.process_index, len(held_out), accelerator.num_processes):
         with contextlib.suppress(BadRow):
-            row = rows[i]
+            row = held_out[i]
             encode(row)
-            held_out.append(row)
-    return train, held_out
+            own.append(row)
+    return feed, own
 
 
 def per_process(config: CommonConfig, name: str, accelerator: Accelerator) -> int:
@@ -252,6 +258,7 @@ def start_accelerator(config: CommonConfig) -> Accelerator:
     """
     transformers.utils.logging.disable_progress_bar()  # one bar, the run's, and nothing scrolls
     transformers.utils.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()  # of its retries; what came of them is said
     warnings.filterwarnings("ignore", category=FutureWarning)
     gpu = torch.accelerator.is_available()
     precision = getattr(config, "precision", "auto")

@@ -37,6 +37,7 @@ from run import (
     Run,
     flag,
     load_data,
+    open_rows,
     parse_config,
     per_process,
     start_accelerator,
@@ -166,17 +167,17 @@ def main() -> None:
         config = parse_config(SFTConfig, PAPER)
         accelerator = start_accelerator(config)
         run = Run(config, accelerator)
+        rows = open_rows(config)  # before the model: a wrong path is found at once
         model, processor = run.load_policy()
         style = config.prompt_style
         if style == "auto":
             style = processor.default_style
             if style == "base" and config.target == "answer":
                 style = "base-direct"
-        feed, held_out = load_data(config, processor, style, accelerator)
+        feed, held_out = load_data(rows, config, processor, style, accelerator)
         target_text(feed[0], config.target)  # the rows have what is to be learned, or this says so
         if config.epochs:
-            rows = config.epochs * len(feed.rows)
-            config.max_steps = math.ceil(rows / config.rows_per_update)
+            config.max_steps = math.ceil(config.epochs * len(feed.rows) / config.rows_per_update)
         b = per_process(config, "rows_per_update", accelerator)
 
     run.announce(model, style_used=style)

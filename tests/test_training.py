@@ -12,7 +12,7 @@ import toy
 from grpo import Group, GRPOConfig, explore, micro_batches, sample_groups, update
 from model import Policy, group_logps, load_policy
 from rollout import sample
-from run import load_data
+from run import load_data, open_rows
 from sft import SFTConfig, encode_targets, target_text
 
 ACCELERATOR = Accelerator(cpu=True)
@@ -172,7 +172,7 @@ def test_dynamic_sampling_replaces_groups_without_signal(monkeypatch):
         return float(len(completion) % 2) if len(seen) > 2 else 1.0  # the first two teach nothing
 
     monkeypatch.setitem(__import__("grpo").REWARDS, "accuracy", reward)
-    feed, _ = load_data(GRPOConfig(eval_steps=0), processor, "base", ACCELERATOR)
+    feed, _ = load_data((open_rows(config)[0], []), config, processor, "base", ACCELERATOR)
     rows = [feed[i] for i in range(4)]
     groups, _, metrics = explore(feed, model, processor, config, ACCELERATOR, 0, rows)
     assert metrics["sampled_groups"] >= 6
