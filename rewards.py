@@ -98,14 +98,17 @@ def stated_option(text: str, options: Sequence[str]) -> int | None:
     Where options contain one another ("square", "red square") the longest counts. A negation in the
     same sentence makes it None, and so does any other number beside an option that is a number.
     """
+    spelled = text.strip().lower()
     for index, option in enumerate(options):
-        if text.strip().lower() == option.strip().lower():
+        if spelled == option.strip().lower():
             return index
-    texts = [_words(option).replace(" . ", "") for option in options]
+    texts = [_words(option).removesuffix(" . ") for option in options]
+    # "Dr. Smith" is also "Dr Smith", and the option "(A) left" also "left".
+    bare = [_words(OWN_LETTER.sub("", option)).replace(" . ", "") for option in options]
     # At least A to F: the "C" of "(C) left" contradicts "left" even where there are two options.
     letters = [f" {letter} " for letter in ascii_lowercase[: max(6, len(options))]]
     words, named = _words(text), set()
-    for names in (texts, letters):  # where the options are themselves "A" and "B", texts come first
+    for names in (texts, bare, letters):  # texts first: the options may be "A" and "B" themselves
         for name in sorted(filter(None, names), key=len, reverse=True):
             if name in words:
                 named |= {index for index, other in enumerate(names) if other == name}
@@ -113,7 +116,7 @@ def stated_option(text: str, options: Sequence[str]) -> int | None:
     if len(named) != 1 or max(named) >= len(options):
         return None
     index = named.pop()
-    option_words = texts[index].split()
+    option_words = bare[index].split()
     if len(option_words) == 1 and _is_number(option_words[0]):
         other_number = any(map(_is_number, words.split()))
         return None if other_number or _spoiled(words, NEGATIONS | QUALIFIERS) else index
@@ -197,10 +200,11 @@ NOISE = re.compile(
     | (?:\b[a-z])?'(?:s|d|m|ll|re|ve)\b | \b[a-z]'(?=[a-z])  # the letters of "I'd", "c'est",
     | (?<=[0-9])[a-z]\b | \b(?:e\.g|i\.e)\b                  # "3D", "e.g."
     | </[a-z]> | <[a-z](?:\ [^<>]*)?>(?=[^<])                # and HTML
-    | \^\{?\\circ                                            # 140^\circ
+    | \^\{?\\circ | (?<=[0-9]\ )degrees?\b                   # 140^\circ, 140 degrees
     """,
     re.VERBOSE,
 )
+OWN_LETTER = re.compile(r"\A\s*(?:\([A-Z]\)|[A-Z][.):])\s+(?=\S)")
 TOKEN = re.compile(
     rf"""
       (?:(?<!\w)-)?(?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?|[0-9]*\.?[0-9]+)(?:/[0-9]+)?

@@ -35,6 +35,10 @@ YES = {"options": ["yes", "no"], "answer": "yes"}
 FALSE = {"options": ["true", "false"], "answer": "false"}
 STILL = {"options": ["moved left", "did not move"], "answer": "did not move"}
 COMMA = {"options": ["up, then left", "up"], "answer": "up, then left"}
+STOP = {"options": ["It moved. Then it stopped.", "It is 3 p.m."], "answer": "(A)"}
+LETTERED = {"options": ["(A) left", "(B) right"], "answer": "(A)"}
+CLOSER = {"options": ["(A) is closer", "(B) is closer"], "answer": "(B)"}
+DEGREES = {"options": ["30 degrees", "60 degrees"], "answer": "60 degrees"}
 ANGLE = {"options": [], "answer": "140°"}
 THREE = {"options": [], "answer": "3"}
 THOUSAND = {"options": [], "answer": "1000"}
@@ -112,6 +116,16 @@ ANSWERS = [
     (STILL, 0, "moved", "did move", "move", "moved left", "did not move, moved left"),
     (COMMA, 1, "up, then left", "up then left", "Up, then left.", "(A)"),
     (COMMA, 0, "up", "left", "then left"),
+    # options of several sentences, with a letter of their own, with a unit
+    (STOP, 1, "It moved. Then it stopped", "it moved. then it stopped!", "it moved then it stopped",
+     "(A)"),
+    (STOP, 0, "It moved.", "It is 3 p.m", "(B) It moved. Then it stopped."),
+    (LETTERED, 1, "left", "A", "(A)", "(A) left", "A. left", "the left"),
+    (LETTERED, 0, "right", "B", "(B) left", "(A) right", "left or right"),
+    (CLOSER, 1, "B is closer", "(B) is closer.", "B"),
+    (CLOSER, 0, "A is closer", "is closer", "A"),
+    (DEGREES, 1, "60", "60°", "60 degrees", "sixty", "60.0", "B"),
+    (DEGREES, 0, "30°", "6", "60 or 30", "degrees"),
     # open questions: numbers by value, the rest by spelling
     (ANGLE, 1, "140", "140°", "140.0", "140 degrees", "140º", r"140^\circ", r"$140^{\circ}$"),
     (ANGLE, 1, "x = 140", "∠ABC = 140°", "The answer is 140.", "１４０"),
@@ -363,7 +377,7 @@ def hard_texts(length=100_000):
 @pytest.mark.parametrize("text", hard_texts(), ids=lambda text: ascii(text[:12]))
 def test_a_hundred_thousand_hard_characters_score_in_under_50_ms(text):
     options = "left right upper·left red·square square a 10 no on·the·red it".split()
-    options = [option.replace("·", " ") for option in options]
+    options = [option.replace("·", " ") for option in options] + list(map(str, range(16)))
     row, open_row = {"options": options, "answer": "left"}, {"options": [], "answer": "3"}
     calls = [
         lambda text: [reward(text, row) for reward in REWARDS.values()],
