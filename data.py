@@ -23,7 +23,6 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from rewards import stated_option
 
 
 class BadRow(ValueError):
@@ -124,6 +125,7 @@ def to_image(value: Any, folder: Path = Path()) -> Image.Image:
 
 # --- rows ----------------------------------------------------------------------------------------
 
+LETTERED = re.compile(r"\(A\)|(?<!\w)A[.)]\s.*(?<!\w)B[.)]\s", re.DOTALL)
 IMAGES, NUMBERED = ("images", "image_bytes", "image"), ("image_1", "image_2", "image_3", "image_4")
 OPTIONAL = ("task", "source", "type", "prompt", "thinking")
 
@@ -164,15 +166,6 @@ def _images(record: dict) -> list:
     return found + [record[name] for name in NUMBERED if record.get(name) is not None]
 
 
-def _option(answer: str, options: list[str]) -> str:
-    """The option that an answer names: by its text, or by its letter as in "(C)" or "C"."""
-    lettered = dict(zip(ascii_uppercase, options, strict=False))
-    option = answer if answer in options else lettered.get(answer.strip("() \n"))
-    if option is None:
-        raise ValueError(f"its answer {answer!r:.80} is none of its options")
-    return option
-
-
 class Rows(Sequence):
     """`rows[i]` decodes the images of row i; `rows.record(i)` is the row with them encoded."""
 
@@ -206,9 +199,13 @@ class Rows(Sequence):
             if not row["images"]:
                 raise ValueError("it has no image")
             if options:
-                row["answer"] = _option(row["answer"], options)
-                # A published prompt letters the options, and so may a question: their order stays.
-                if not row.get("prompt") and "(A)" not in row["question"]:
+                right = stated_option(row["answer"], options)  # as a completion would be read
+                if right is None:
+                    raise ValueError(f"its answer {row['answer']!r:.80} is none of its options")
+                row["answer"] = options[right]
+                # Where a prompt, a question or the options are lettered, their order stays.
+                asked = " ".join([row["question"], *options])
+                if not row.get("prompt") and not LETTERED.search(asked):
                     random.Random(f"{self.seed} {number}").shuffle(options)
         except (ValueError, TypeError, KeyError) as error:
             raise BadRow(row_id, _line(error)) from error
@@ -305,7 +302,7 @@ def load_rows(
     """The rows of `toy`, of a dataset in `NAMES`, a hub id, a folder, a .parquet or .jsonl file.
 
     split: train or eval (val, test, ... mean eval); where the files' names tell no two apart, the
-        last 5 % of the rows, at most 200, are for eval.
+        last 5 % of the rows, at most 200, are for eval; fewer than 20 rows are for both.
     seed: shuffles the options of each row; draws the toy world.
     limit: only so many rows, counted after everything else.
     max_images: leaves out rows with more images. Default: 1 for `sat`, otherwise all rows.
@@ -336,8 +333,8 @@ def load_rows(
     most = max_images or math.inf
     index = [(n, *row) for n, row in enumerate(found[: subset or None]) if row[-1] <= most]
     if hold_out:
-        held = min(200, -(-len(index) // 20))
-        index = index[-held:] if split == "eval" else index[:-held]
+        cut = len(index) - min(200, len(index) // 20)
+        index = index[:cut] if split == "train" else index[cut:] or index
     if not index:
         raise ValueError(f"empty dataset: no rows for {split} in {', '.join(map(str, paths))}")
     title = Path(name).absolute().stem
