@@ -87,6 +87,8 @@ def parse_config(argv: list[str] | None = None) -> EvalConfig:
     for name in ("batch_size", "max_completion_length", "max_pixels", "limit", "samples"):
         if (value := getattr(config, name)) is not None and value < 1:
             parser.error(f"argument --{name}: must be at least 1, not {value}")
+    if config.seed < 0:
+        parser.error(f"argument --seed: must be at least 0, not {config.seed}")
     if not 0 <= config.temperature < math.inf:
         parser.error(f"argument --temperature: must be 0 or more, not {config.temperature}")
     if config.samples > 1 and config.temperature == 0:
@@ -196,13 +198,15 @@ def as_lines(records: list[dict]) -> str:
 def read_responses(path: Path) -> list[dict]:
     """Every response, judged by the rules as they are now; not a last line that was cut short."""
     records = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                record = json.loads(line)
-                records.append(record | judge(record, record["response"]))
+                if line.strip():
+                    record = json.loads(line)
+                    records.append(record | judge(record, record["response"]))
+                    score_samples(records[-1:])  # raises where the samples are no texts
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                if line.endswith("\n"):
+                if line.endswith(b"\n"):
                     raise ValueError(f"{path}, line {number}: no response ({error!r})") from error
     return records
 

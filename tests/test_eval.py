@@ -401,6 +401,31 @@ def test_rescoring_gives_the_same_scores_from_options_answer_and_response(
     assert world.read("rescored") == (scores, responses)
 
 
+def test_options_answer_and_response_alone_are_enough_to_rescore(evaluate, tmp_path):
+    path = tmp_path / "responses.jsonl"
+    lines = [json.dumps(row | {"response": row["answer"]}) for row in (COUNT, ABOVE, ANGLE)]
+    path.write_bytes("\ufeff".encode() + "\r\n\r\n".join([*lines, ""]).encode())
+    assert evaluate("unused", "--rescore", path)[0] == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["n"] == scores["unparsed"] == 3 and scores["official"] is None
+    assert (scores["accuracy"], scores["accuracy_lenient"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b'{"options": [], "answer": "3"}', b'{"options": [], "answer": 3, "response": "3"}'),
+        *(b"[1]", b"\xff\xfe\x00", b'{"answer": "3", "response": "3", "samples": [1, 2]}'),
+    ],
+)
+def test_a_line_that_is_no_response_is_named(evaluate, tmp_path, line):
+    path = tmp_path / "responses.jsonl"
+    path.write_bytes(b'{"options": [], "answer": "3", "response": "3"}\n' + line + b"\n")
+    code, _, error = evaluate("unused", "--rescore", path)
+    assert code == 1 and f"{path}, line 2: no response" in error and error.count("\n") == 1
+    assert not (tmp_path / "scores.json").exists()
+
+
 def answers_from(monkeypatch, processor, answer):
     """Let `answer(question's number)` stand in for the model; returns the numbers as asked."""
     asked = []
@@ -529,6 +554,8 @@ def test_a_toy_model_answers_500_toy_questions_and_any_other_the_whole_of_cv_ben
         (("--benchmark", "mmlu"), 2, "invalid choice"),
         (("--sampels", 3), 2, "did you mean --samples"),
         (("--batch_size", 0), 2, "at least 1"),
+        (("--batch-size", "few"), 2, "invalid int"),
+        (("--seed", -1), 2, "at least 0"),
         (("--samples", 8), 2, "--temperature"),
         (("--temperature", -1), 2, "0 or more"),
         (("--model", ROOT / "tests"), 1, "tests"),  # a folder without a model
