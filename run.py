@@ -99,6 +99,8 @@ class CommonConfig:
         for name in self.counts.split():
             if getattr(self, name) < 1:
                 return f"argument --{name}: must be at least 1, not {getattr(self, name)}"
+        if self.seed < 0:
+            return f"argument --seed: must be at least 0, not {self.seed}"
         return None
 
 
