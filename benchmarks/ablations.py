@@ -61,7 +61,67 @@ CHANGES = {  # the diffs under "Change this line", in their order: flags, the ru
 }
 FLAGS = {name: flags for runs in ABLATIONS.values() for name, flags in runs.items()}
 FLAGS |= {name: flags for name, (flags, _) in CHANGES.items()}
-LEARNED = dict.fromkeys(FLAGS, "")  # two sentences for each, written when the numbers are there
+# Two sentences for each, without numbers: those are the table's.
+LEARNED = """\
+default: Greedy answers guess until looking first has become the likelier habit, then nearly all
+of them look at once: accuracy and length jump together. Sampled answers change gradually all
+along, which is where the learning happens.
+
+bnpo: A mean over all tokens, where `grpo` takes a mean within each completion first, gives the
+tokens of a long completion the weight of those of a short one. Looking is long, so it is learned
+sooner.
+
+dr_grpo: A constant divisor weighs long completions in the same way, and the jump comes sooner
+than with `grpo` too. Its gradient is several times smaller, which AdamW does not notice.
+
+dapo: In one process this is `bnpo`: both divide by the same tokens, and the runs are the same.
+They part where several processes hold different numbers of tokens.
+
+scale-batch: The curves of the default: all questions here are about equally hard, so the batch's
+spread is the groups'. That this makes no difference would not carry over to a mixture of trivial
+and hopeless questions.
+
+scale-none: Not dividing at all, as Dr. GRPO advises, halves the gradient and costs nothing here.
+With AdamW the scale of the advantages is mostly a matter of taste.
+
+beta-0.04: The paper's weight gives the same curves as none at all. It costs a reference model and
+a forward pass with it.
+
+beta-0.2: Five times that weight delays the jump a little and does not prevent it. The base model
+knows how to look, so choosing to do so is a small step in KL.
+
+g-2: Two completions mostly score the same, and then their group teaches nothing; within these
+updates looking only begins to spread. It is also given a quarter of the default's completions, so
+this compares updates and not samples.
+
+g-4: Half the completions for nearly the same curve. It is the cheapest setting that works here.
+
+g-16: Twice the completions, and no gain at the same learning rate. The mean of eight is a good
+enough baseline.
+
+iterations-4: Four updates per rollout learn as much from a quarter of the sampling. The ratio
+moves away from one now, and the clip has something to do.
+
+clip-higher: A higher upper clip (DAPO) makes no difference where so few tokens reach the lower
+one. It is meant for runs whose entropy collapses, and these are too short for that.
+
+accuracy-only: The base model is nearly always well formed, so the format reward tells completions
+apart only now and then. Without it looking is learned as fast or faster.
+
+length-reward: Paying for words speeds up looking, which here is the only way to write more. The
+paper found such a reward ineffective: a 2B model can fill the space with anything, the toy model
+cannot, so on this the toy world does not agree and cannot.
+
+frozen-vision: The tower sees what matters before GRPO begins, so freezing it changes nothing. The
+paper's Instruct model did best with it frozen.
+
+frozen-language: Without the language model there is no way to change a habit, and the model goes
+on guessing. The paper's Instruct model gained this way as well: real images leave more to see
+than these.
+
+sft-first: After SFT on bare answers the model writes no tags, and GRPO must find the format
+before it can find looking: late, and not in every seed. The paper saw trivial reasoning when it
+started from Instruct models; here reasoning is delayed rather than lost."""
 
 
 def train(script: str, flags: str, seed: int, out: Path) -> None:
@@ -101,10 +161,10 @@ def run(name: str, seed: int) -> None:
     train(script, f"{COMMON} {FLAGS[name].format(sft=sft / 'final')}", seed, out)
 
 
-def evaluations(name: str) -> list[list[dict]]:
-    """Of each seed the metrics of its evaluations."""
+def metrics(name: str) -> list[list[dict]]:
+    """The metrics of each seed."""
     runs = [(RUNS / f"{name}-{s}" / "metrics.jsonl").read_text().splitlines() for s in SEEDS]
-    return [[m for m in map(json.loads, run) if "eval/accuracy" in m] for run in runs]
+    return [[json.loads(line) for line in run] for run in runs]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -113,15 +173,18 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def row(name: str) -> str:
-    """The run's row in the table: name, command, accuracy, length, updates to GOAL."""
-    seeds = evaluations(name)
+    """The run's row in the table."""
+    seeds = [[m for m in run if "eval/accuracy" in m] for run in metrics(name)]
     steps = [[m["step"] for m in evals if m["eval/accuracy"] >= GOAL] for evals in seeds]
     reached = [min(s) for s in steps if s]
     few = f" ({len(reached)} of {len(SEEDS)} seeds)" if 0 < len(reached) < len(SEEDS) else ""
     accuracy = spread([evals[-1]["eval/accuracy"] for evals in seeds], 3)
+    rewards = "rewards/accuracy"
+    sampled = [np.mean([m[rewards] for m in run[-10:] if rewards in m]) for run in metrics(name)]
     length = spread([evals[-1]["eval/completion_length"] for evals in seeds], 1)
     command = f"`grpo.py {FLAGS[name]}`".replace(" `", "`") + " with the diff" * (name in CHANGES)
-    return f"| {name} | {command} | {accuracy} | {length} | {spread(reached, 0)}{few} |"
+    cells = (name, command, accuracy, spread(sampled, 3), length, spread(reached, 0) + few)
+    return f"| {' | '.join(cells)} |"
 
 
 def picture(names: list[str], out: Path) -> None:
@@ -138,18 +201,22 @@ def picture(names: list[str], out: Path) -> None:
 
 
 def document() -> str:
+    learned = dict(text.split(": ", 1) for text in LEARNED.split("\n\n"))
     text = f"""# Ablations
 
-Written by `make ablations`: one thing about the toy run is changed, and the rest left as it is. Every
-command has `{COMMON}` beside what the table says; `{{sft}}` is a run of `sft.py {SFT}`. Accuracy and
-length (tokens) are those of greedy answers to held-out questions after the last update, mean ± sample
-standard deviation over {len(SEEDS)} seeds. The last column is the first evaluation, one in five updates, at
-{GOAL:.0%} or above. The last {len(CHANGES)} rows are the diffs under "Change this line" in [grpo.md](grpo.md), with
-their pictures there.
+Written by `make ablations`: one thing about the toy run is changed, and the rest left as it is.
+Every command has `{COMMON}` beside what the
+table says; `{{sft}}` is a run of `sft.py {SFT}`.
 
-| run | command | accuracy | length | updates to {GOAL:.0%} |
-|---|---|---|---|---|
-"""  # noqa: E501
+Accuracy and length (tokens) are those of greedy answers to held-out questions after the last
+update, sampled accuracy that of the training samples of the last ten updates; mean ± sample
+standard deviation over {len(SEEDS)} seeds. The last column is the first evaluation, one in five
+updates, at {GOAL:.0%} or above. The last {len(CHANGES)} rows are the diffs under "Change this line"
+in [grpo.md](grpo.md), with their pictures there.
+
+| run | command | accuracy | sampled accuracy | length | updates to {GOAL:.0%} |
+|---|---|---|---|---|---|
+"""
     text += "\n".join(map(row, FLAGS)) + "\n"
     (DOCS / "ablations").mkdir(parents=True, exist_ok=True)
     for name, (_, other) in CHANGES.items():
@@ -158,7 +225,7 @@ their pictures there.
         file = f"ablations/{next(iter(names))}.png"
         picture(list(dict.fromkeys(["default", *names])), DOCS / file)
         text += f"\n## {title}\n\n![{title}]({file})\n"
-        text += "".join(f"\n**{name}.** {LEARNED[name]}\n" for name in names if LEARNED[name])
+        text += "".join(f"\n**{name}.** {learned[name]}\n" for name in names)
     return text
 
 
