@@ -90,9 +90,9 @@ a forward pass with it.
 beta-0.2: Five times that weight delays the jump a little and does not prevent it. The base model
 knows how to look, so choosing to do so is a small step in KL.
 
-g-2: Two completions mostly score the same, and then their group teaches nothing; within these
-updates looking only begins to spread. It is also given a quarter of the default's completions, so
-this compares updates and not samples.
+g-2: Two completions mostly score the same, and then their group teaches nothing; looking spreads
+among the samples, but within these updates it seldom becomes the likeliest. It is also given a
+quarter of the default's completions, so this compares updates and not samples.
 
 g-4: Half the completions for nearly the same curve. It is the cheapest setting that works here.
 
