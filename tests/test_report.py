@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 import report
+from run import source_hash
 
 CONFIG = {"model": "toy", "dataset": "toy", "seed": 0, "max_steps": 150, "beta": 0.0}
 CONFIG |= {"num_generations": 8, "rewards": ["accuracy", "format"], "versions": {"torch": "2.13"}}
@@ -257,6 +258,19 @@ def test_runs_that_differ_only_in_the_seed_are_grouped_and_others_are_not(tmp_pa
     for run in runs:
         run.config = {}
     assert len(report.seed_groups(runs)) == 4  # nothing is known, so nothing is averaged
+
+
+def test_runs_before_and_after_a_changed_line_are_told_apart(tmp_path, monkeypatch):
+    (tmp_path / "grpo.py").write_text("epsilon = 0.2\n")
+    monkeypatch.setattr("run.__file__", str(tmp_path / "run.py"))
+    before = source_hash()
+    (tmp_path / "report.py").write_text("changes nothing that is learned\n")
+    assert source_hash() == before
+    (tmp_path / "grpo.py").write_text("epsilon = 0.3\n")
+    assert source_hash() != before
+
+    runs = [report.RunData(tmp_path, "run", {"source": code}) for code in (before, source_hash())]
+    assert len(report.seed_groups(runs)) == 2
 
 
 def test_the_diff_holds_what_differs_and_nothing_else(tmp_path):
