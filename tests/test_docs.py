@@ -16,7 +16,7 @@ from grpo import GRPOConfig, compute_advantages, grpo_loss
 from sft import SFTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("benchmarks/*.md")]
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")]
 MODULES = {path.stem for path in ROOT.glob("*.py")}
 
@@ -29,7 +29,7 @@ WRITTEN = {  # by a run, an evaluation or the reader, so not in the repository
     *("report.html", "report.png", "change.diff"),
 }
 
-pytestmark = pytest.mark.parametrize("doc", DOCS, ids=lambda path: path.name)
+pytestmark = pytest.mark.parametrize("doc", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def flags() -> set[str]:
@@ -68,7 +68,8 @@ def test_every_file_exists(doc):
     suffixes = "py|md|json|jsonl|yaml|yml|toml|html|png|diff"
     files = [s for s in spans(doc) if re.fullmatch(rf"[\w./-]+\.(?:{suffixes})", s)]
     outputs = [s for s in files if s in WRITTEN or s.startswith(("outputs/", "path/to/"))]
-    missing = [s for s in files if s not in outputs and not (ROOT / s).exists()]
+    here = {s for s in files if (ROOT / s).exists() or (doc.parent / s).exists()}
+    missing = [s for s in files if s not in outputs and s not in here]
     assert missing == []
 
 
