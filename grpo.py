@@ -14,7 +14,7 @@ mean becomes likelier, a worse one less likely. That is all: no value network, n
 How this departs from GRPO as published (arXiv 2402.03300) and from VisualThinker-R1-Zero's code:
 
 1. A group is one sequence, [ prompt | c1 | … | cG ]: its image is encoded once, not G times.
-2. Tokens are drawn from the very distribution that is trained: no top-k, no top-p (upstream's
+2. Tokens are drawn from the policy's full softmax: no top-k, no top-p (upstream's
    sampling silently used top-k 50).
 3. Any number of prompts per device gives what one at a time gives (upstream mixes up the groups).
 4. The ratio is clipped (upstream does not; it matters as soon as --num_iterations is above 1).
@@ -170,9 +170,9 @@ def grpo_loss(
     `max_completion_length`) (arXiv 2503.20783); `dapo`, sum / `num_tokens`, the tokens of the whole
     update (arXiv 2503.14476), by default of these rows. `epsilon_high` None means epsilon.
 
-    The first update after a rollout has ratio 1, so without KL its loss is about 0 and its gradient
-    is not. Returns the loss and the means over tokens of `kl` and `clip_ratio` (1 where the clip
-    stops the gradient). Rows without any token count as 0.
+    The first update after a rollout has ratio 1, so without KL the loss `grpo` is about 0 and its
+    gradient is not. Returns the loss, and the means over tokens of `kl` and `clip_ratio` (1 where
+    the clip stops the gradient). Rows without any token count as 0.
     """
     mask = completion_mask.bool()
     high = epsilon if epsilon_high is None else epsilon_high

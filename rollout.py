@@ -1,4 +1,4 @@
-"""Sampling G completions of each prompt, exactly from the policy that is trained.
+"""Sampling G completions of each prompt from the policy itself, unfiltered.
 
 logits / temperature, softmax over the whole vocabulary with the vision tokens masked (a sampled
 image token would break the next forward pass), no top-k, no top-p. Every draw is a function of

@@ -102,15 +102,15 @@ enough baseline.
 iterations-4: Four updates per rollout learn as much from a quarter of the sampling. The ratio
 moves away from one now, and the clip has something to do.
 
-clip-higher: A higher upper clip (DAPO) makes no difference where so few tokens reach the lower
-one. It is meant for runs whose entropy collapses, and these are too short for that.
+clip-higher: A higher upper clip (DAPO) makes no difference where so few tokens reach even the
+usual one. It is meant for runs whose entropy collapses, and these are too short for that.
 
 accuracy-only: The base model is nearly always well formed, so the format reward tells completions
 apart only now and then. Without it looking is learned as fast or faster.
 
 length-reward: Paying for words speeds up looking, which here is the only way to write more. The
 paper found such a reward ineffective: a 2B model can fill the space with anything, the toy model
-cannot, so on this the toy world does not agree and cannot.
+cannot, so the toy world cannot test this.
 
 frozen-vision: The tower sees what matters before GRPO begins, so freezing it changes nothing. The
 paper's Instruct model did best with it frozen.
@@ -120,8 +120,9 @@ on guessing. The paper's Instruct model gained this way as well: real images lea
 than these.
 
 sft-first: After SFT on bare answers the model writes no tags, and GRPO must find the format
-before it can find looking: late, and not in every seed. The paper saw trivial reasoning when it
-started from Instruct models; here reasoning is delayed rather than lost."""
+before it can find looking: by the last update that has begun in every seed and ended in none. The
+paper saw trivial reasoning when it started from Instruct models; here it looks delayed rather than
+lost, which so few updates do not prove."""
 
 
 def train(script: str, flags: str, seed: int, out: Path) -> None:
@@ -209,10 +210,11 @@ Every command has `{COMMON}` beside what the
 table says; `{{sft}}` is a run of `sft.py {SFT}`.
 
 Accuracy and length (tokens) are those of greedy answers to held-out questions after the last
-update, sampled accuracy that of the training samples of the last ten updates; mean ± sample
-standard deviation over {len(SEEDS)} seeds. The last column is the first evaluation, one in five
-updates, at {GOAL:.0%} or above. The last {len(CHANGES)} rows are the diffs under "Change this line"
-in [grpo.md](grpo.md), with their pictures there.
+update, sampled accuracy that of the training samples of the last ten updates (of the last three
+rollouts where each serves four updates); mean ± sample standard deviation over {len(SEEDS)} seeds.
+The last column is the update of the first evaluation at {GOAL:.0%} or above; there is one
+every five updates. The last {len(CHANGES)} rows are the diffs under "Change this line" in
+[grpo.md](grpo.md), with their pictures there. Of curves that coincide the last one drawn is seen.
 
 | run | command | accuracy | sampled accuracy | length | updates to {GOAL:.0%} |
 |---|---|---|---|---|---|

@@ -22,7 +22,14 @@ MODULES = {path.stem for path in ROOT.glob("*.py")}
 
 OTHER_FLAGS = {  # of accelerate launch, pip and git
     *("--config_file", "--num_processes", "--num_machines", "--machine_rank", "--mixed_precision"),
-    *("--main_process_ip", "--main_process_port", "--requirement", "--upgrade", "--help"),
+    *(
+        "--main_process_ip",
+        "--main_process_port",
+        "--requirement",
+        "--upgrade",
+        "--help",
+        "--quiet",
+    ),
 }
 WRITTEN = {  # by a run, an evaluation or the reader, so not in the repository
     *("config.json", "metrics.jsonl", "rollouts.jsonl", "responses.jsonl", "scores.json"),
