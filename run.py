@@ -256,12 +256,14 @@ def start_accelerator(config: CommonConfig) -> Accelerator:
     """bf16 over fp32 master weights on GPUs and fp32 on a CPU, unless `config.precision` is set.
 
     (`accelerate launch` always names a precision, "no" by default, so it is not asked.)
-    Raises ValueError when the launcher started more processes than accelerate sees.
+    Raises ValueError when the launcher started more processes than accelerate sees, and when the
+    tracker asked for is unknown or not installed.
     """
     transformers.utils.logging.disable_progress_bar()  # one bar, the run's, and nothing scrolls
     transformers.utils.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()  # of its retries; what came of them is said
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*no supported trackers")  # is an error, below
     gpu = torch.accelerator.is_available()
     precision = getattr(config, "precision", "auto")
     accelerator = Accelerator(
@@ -275,6 +277,8 @@ def start_accelerator(config: CommonConfig) -> Accelerator:
         state = accelerator.state
         state._shared_state["distributed_type"] = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if config.log_with and not accelerator.log_with:  # accelerate leaves it out without a word
+        raise ValueError(f"--log_with {config.log_with} is not installed: pip install it first")
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -330,7 +334,8 @@ class Run:
             self._open_folder(resolved)
         if config.log_with:
             flat = {key: str(value) for key, value in resolved.items()}
-            accelerator.init_trackers(self.folder.name, config=flat)
+            here = {"wandb": {"dir": str(self.folder)}}  # the others are told by project_dir
+            accelerator.init_trackers(self.folder.name, config=flat, init_kwargs=here)
         width = max(len(key) for key in resolved)
         for key, value in resolved.items():
             print(f"  {key:<{width}}  {value}")

@@ -464,13 +464,16 @@ def wrong(tmp_path_factory, whole) -> dict[str, tuple]:
         "no Qwen-VL": (["--model", folder / "bert"], 1, "is a bert model"),
         "a pickle": (["--model", pickled], 1, "no model"),
         "a run is there": (["--output_dir", whole], 1, "already holds a run"),
+        "a seed below 0": (["--seed", -1], 2, "--seed"),
+        "unknown tracker": (["--log_with", "abacus"], 1, "Choose between"),
+        "a tracker that is not installed": (["--log_with", "aim"], 1, "pip install it first"),
     }
 
 
 MISTAKES = (
     "unknown option, abbreviated option, unknown value, no number, G = 1, no updates, "
     "unknown reward, missing dataset, empty dataset, unknown dataset, missing model, no Qwen-VL, "
-    "a pickle, a run is there"
+    "a pickle, a run is there, a seed below 0, unknown tracker, a tracker that is not installed"
 ).split(", ")
 
 
