@@ -20,7 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import group_logps, token_logps
 
 SHAPES = {  # size: (visual tokens, text tokens, shortest and longest completion)
-    "toy": [(36, 28, 4, 8), (36, 28, 32, 64), (9, 23, 64, 128)],
+    "toy": [
+        *((36, 28, 4, 8), (36, 28, 32, 64), (9, 23, 64, 128)),
+        *((512, 100, 300, 300), (512, 100, 700, 700)),
+    ],
     "100m": [(512, 100, 64, 64)],
     "2b": [(512, 100, 300, 300), (512, 100, 700, 700)],
 }
