@@ -69,16 +69,15 @@ def assert_fails(stage: Stage, code: int = 1) -> str:
 def slow(stage) -> None:
     """A patch of the stage: updates and saving that take long enough to be interrupted."""
 
-    def slowed(function):
+    def slowed(function, seconds: float):
         def wrapped(*args, **kwargs):
-            time.sleep(0.05)
+            time.sleep(seconds)
             return function(*args, **kwargs)
 
         return wrapped
 
-    stage.update = slowed(stage.update)
-    module = sys.modules["run"]
-    module.save_policy, module.verify = slowed(module.save_policy), slowed(module.verify)
+    stage.update, module = slowed(stage.update, 0.05), sys.modules["run"]
+    module.save_policy, module.verify = slowed(module.save_policy, 0.2), slowed(module.verify, 0.2)
 
 
 # --- killed, and resumed -------------------------------------------------------------------------
