@@ -170,8 +170,9 @@ class Decoder:
         self.cos = cos.transpose(0, 1)[:, :, None]  # (C, B, 1, D)
         self.sin = torch.cat([-sin[..., :half], sin[..., half:]], -1).transpose(0, 1)[:, :, None]
 
-        ends = model.generation_config.eos_token_id
-        self.ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=device)
+        ends = model.generation_config.eos_token_id  # one, several or None
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self.ends = torch.tensor(ends, dtype=torch.long, device=device)
         self.ids = torch.zeros(N, C, dtype=torch.long, device=device)
         self.ended = torch.zeros(N, dtype=torch.bool, device=device)
         self.t = torch.zeros(1, dtype=torch.long, device=device)

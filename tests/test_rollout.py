@@ -323,3 +323,10 @@ def test_an_unknown_way_of_decoding_is_refused_with_the_valid_ones():
     model, processor = tiny_model("qwen2_vl")
     with pytest.raises(ValueError, match="eager, static"):
         sample(model, random_batch(processor), 2, 2, decoding="fast")
+
+
+def test_a_model_without_an_end_token_goes_on_to_the_limit():
+    model, processor = tiny_model("qwen2_vl")
+    model.generation_config.eos_token_id = None
+    ids, mask = sample(model, random_batch(processor, (1, 0)), 2, 5)
+    assert ids.shape == (4, 5) and mask.all()
