@@ -1,11 +1,11 @@
-# `make demo` and `make test` need nothing but python3.11+ with venv: they make .venv themselves.
+# `make demo` and `make test` need only python3.11+ with venv. They make .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 LAUNCH := accelerate launch --quiet --config_file configs/single.yaml
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint clean paper-toy ablations
+.PHONY: demo test lint clean base-model paper-toy ablations readme
 
 demo: .venv/installed
 	$(LAUNCH) grpo.py --output_dir outputs/demo --overwrite $(ARGS)
@@ -28,7 +28,10 @@ lint: .venv/installed
 clean:
 	rm -rf .venv outputs report.png
 
-# --- the four roads: base, + SFT, + GRPO, + cold start + GRPO, over three seeds ---
+# --- the toy world, measured over seeds ---
+
+base-model: .venv/installed
+	python -m toy.base_model --output_dir outputs/base-model $(ARGS)
 
 SEEDS ?= 0 1 2
 ROADS := outputs/paper-toy
@@ -37,9 +40,9 @@ paper-toy: .venv/installed $(ROADS)/base/scores.json \
 	python eval_cvbench.py --compare $(ROADS)/*/scores.json
 
 $(ROADS)/base/scores.json:
-	$(LAUNCH) eval_cvbench.py --model toy --benchmark toy --output_dir $(@D)
+	$(LAUNCH) eval_cvbench.py --model toy --dataset toy --output_dir $(@D)
 $(ROADS)/%/scores.json: $(ROADS)/%/final
-	$(LAUNCH) eval_cvbench.py --model $< --benchmark toy --output_dir $(@D)
+	$(LAUNCH) eval_cvbench.py --model $< --dataset toy --output_dir $(@D)
 $(ROADS)/sft-%/final:
 	$(LAUNCH) sft.py --seed $* --output_dir $(@D) --overwrite
 $(ROADS)/grpo-%/final:
@@ -52,3 +55,7 @@ $(ROADS)/cold-%/final: $(ROADS)/trace-%/final
 
 ablations: .venv/installed
 	python benchmarks/ablations.py
+
+# Run the demo's seeds where needed, and write the README's tables and picture.
+readme: .venv/installed
+	python benchmarks/readme.py $(ARGS)

@@ -1,27 +1,23 @@
-"""GRPO on a Qwen-VL, from top to bottom: config, advantages, loss, rollout, update, loop.
+"""GRPO on a Qwen-VL, from top to bottom: options, advantages, loss, rollout, training loop.
 
-For every question the model writes G answers; rules score them; an answer better than its group's
-mean becomes likelier, a worse one less likely. That is all: no value network, no reward model.
+For every question the model writes G answers. Rules score them. An answer that scores above its
+group's mean becomes more likely, one below it less likely. There is no value network and no
+learned reward model. `docs/minimal.py` has the same algorithm in 130 lines; this file adds packing,
+prefill once per group, micro-batches, several processes, evaluation and checkpoints.
 
-    1. take B prompts                                       data.Feed
-    2. sample G completions of each                         rollout.sample
-    3. score them with rules                                rewards.REWARDS
-    4. compare each with its group                          compute_advantages
-    5. log-probability of every token                       model.group_logps
-    6. clipped policy loss + KL to the reference            grpo_loss
-    7. one optimizer step                                   update
-
-How this departs from GRPO as published (arXiv 2402.03300) and from VisualThinker-R1-Zero's code:
+How this differs from GRPO as published (arXiv 2402.03300) and from VisualThinker-R1-Zero's code:
 
 1. A group is one sequence, [ prompt | c1 | … | cG ]: its image is encoded once, not G times.
-2. Tokens are drawn from the policy's full softmax: no top-k, no top-p (upstream's
-   sampling silently used top-k 50).
-3. Any number of prompts per device gives what one at a time gives (upstream mixes up the groups).
-4. The ratio is clipped (upstream does not; it matters as soon as --num_iterations is above 1).
-5. With beta 0 no reference model exists, and a group without signal costs no training forward.
+2. Tokens are drawn from the policy's full softmax, without top-k or top-p. (Upstream left the
+   library's top-k of 50 on, and trained on the full softmax.)
+3. Any number of prompts per device gives the same result. (Upstream mixes up the groups.)
+4. The ratio is clipped. (Upstream does not, which matters as soon as --num_iterations is above 1.)
+5. The loss is a weighted sum over tokens. Every weight is known before the first forward pass, so
+   micro-batches and processes add up.
+6. With --beta 0 there is no reference model, and a group without signal costs no forward pass.
 
-    accelerate launch grpo.py                          # the embedded world, any CPU, minutes
-    accelerate launch grpo.py --dataset sat            # the paper's run, one GPU of 80 GB
+    accelerate launch grpo.py                         # the toy world, any CPU, two minutes
+    accelerate launch grpo.py --dataset sat           # the paper's run, one GPU with 80 GB
     accelerate launch --config_file configs/ddp.yaml grpo.py --dataset sat     # several GPUs
     accelerate launch --config_file configs/fsdp.yaml grpo.py --dataset sat    # several, sharded
 
@@ -32,93 +28,85 @@ Rows are prompt-major: completion g of prompt b is row b * G + g.
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from model import Policy, Replica, group_logps, load_policy
-from rewards import REWARDS, accuracy_reward
-from rollout import sample
-from run import (
-    CommonConfig,
-    Run,
-    flag,
-    load_data,
-    open_rows,
-    parse_config,
-    per_process,
-    rollout_record,
-    start_accelerator,
-    to_device,
-    user_errors,
+from core.checkpoint import find_checkpoint, save_model, step_of
+from core.evaluation import evaluate
+from core.groups import (
+    MicroBatch,
+    Rollout,
+    make_micro_batches,
+    rollout_metrics,
+    rollout_records,
+    sample_rollout,
+    trained_tokens,
 )
+from core.logs import Logs, throughput
+from core.lora import add_adapters
+from core.optimizer import GuardedStep, prepare
+from core.options import TrainingOptions, UserError, flag, parse_options
+from core.packing import Policy
+from core.processes import Replica, StopSignal, launch, share_of, start_accelerator
+from core.prompts import load_prompts, open_rows
+from core.qwen import load_for_training, load_reference
+from core.user_rewards import load_rewards
+from rewards import accuracy_reward
 
 
 @dataclass
-class GRPOConfig(CommonConfig):
-    rewards: list[str] = flag(["accuracy", "format"], f"summed; of: {', '.join(REWARDS)}")
-    num_generations: int = flag(8, "G, completions per prompt")
-    prompts_per_update: int = flag(8, "B, over all processes")
-    prompts_per_forward: int = flag(
-        8, "groups in a training forward: changes memory, not the result"
-    )
-    num_iterations: int = flag(1, "updates per rollout")
-    max_completion_length: int = flag(96, "C, tokens")
-    temperature: float = flag(1.0, "of sampling, and of the policy that is trained")
-    beta: float = flag(0.0, "weight of the KL to the reference; 0 loads none")
-    epsilon: float = flag(0.2, "the ratio is clipped below 1 - epsilon …")
-    epsilon_high: float | None = flag(None, "… and above 1 + epsilon_high; default epsilon")
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = flag(
-        "grpo", "how token losses are averaged"
-    )
-    scale_rewards: Literal["group", "batch", "none"] = flag("group", "advantages / this std")
-    dynamic_sampling: bool = flag(
-        False, "sample other prompts in place of groups without signal (DAPO)"
-    )
-    log_groups: int = flag(2, "groups per rollout written to rollouts.jsonl")
+class GRPOOptions(TrainingOptions):
+    rewards: list[str] = flag(
+        ["accuracy", "format"], "Summed: accuracy, format, length, path/to/file.py:function",
+        group="rollout",
+    )  # fmt: skip
+    reward_weights: list[float] = flag([], "A weight for each of --rewards; default 1")
+    num_generations: int = flag(8, "G, completions per prompt", ge=2)
+    prompts_per_update: int = flag(8, "B, prompts per update over all processes", ge=1)
+    max_completion_length: int = flag(96, "C, most tokens of a completion", paper=700, ge=1)
+    temperature: float = flag(1.0, "Temperature of sampling and of the trained policy", gt=0)
+    decoding: Literal["eager", "captured"] = flag("eager", "captured replays CUDA graphs")
+    log_groups: int = flag(2, "Groups per rollout written to rollouts.jsonl", ge=0)
 
-    counts: ClassVar[str] = CommonConfig.counts + (
-        " prompts_per_update prompts_per_forward num_iterations max_completion_length"
+    num_iterations: int = flag(1, "Updates per rollout", ge=1, group="GRPO")
+    prompts_per_forward: int = flag(8, "Groups per training forward, for memory", paper=1, ge=1)
+    beta: float = flag(0.0, "Weight of the KL to the reference; 0 loads none", paper=0.04, ge=0)
+    epsilon: float | None = flag(
+        None, "Clip the ratio below 1 - epsilon; default 0.2, with sequence 3e-4", ge=0, le=1
+    )
+    epsilon_high: float | None = flag(None, "… and above 1 + epsilon_high; default epsilon", ge=0)
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = flag(
+        "grpo", "Token losses are averaged per completion (grpo), over all tokens (dapo, arXiv "
+        "2503.14476) or by a constant (dr_grpo, arXiv 2503.20783); cispo (arXiv 2506.13585) clips "
+        "the weights of the tokens instead and averages like dapo",
+    )  # fmt: skip
+    importance_sampling_level: Literal["token", "sequence"] = flag(
+        "token", "One ratio per token, or per completion (GSPO, arXiv 2507.18071)"
+    )
+    scale_rewards: Literal["group", "batch", "none"] = flag(
+        "group", "Divide advantages by the group's std, the batch's, or 1 (arXiv 2503.20783)"
+    )
+    mask_truncated_completions: bool = flag(
+        False, "Do not train on completions that were cut at the limit (DAPO, arXiv 2503.14476)"
     )
 
-    def problem(self) -> str | None:
-        unknown = [name for name in self.rewards if name not in REWARDS]
-        if unknown or not self.rewards:
-            return f"argument --rewards: unknown {unknown}; valid: {', '.join(REWARDS)}"
-        if self.num_generations < 2:
-            return (
-                "argument --num_generations: a group of 1 has nothing to compare with; at least 2"
-            )
-        if self.temperature <= 0:
-            return "argument --temperature: must be above 0: a greedy group has no spread"
-        return super().problem()
-
-
-# the paper's table 2 and upstream's run_grpo_SAT.sh
-PAPER = dict(
-    model="Qwen/Qwen2-VL-2B",
-    prompts_per_forward=1,
-    max_completion_length=700,
-    beta=0.04,
-    learning_rate=1e-6,
-    warmup_ratio=0.0,
-    max_steps=1500,
-    save_steps=100,
-    eval_steps=100,
-    gradient_checkpointing=True,
-    seed=42,
-)
-REFILLS = 4  # with dynamic_sampling, how often a group without signal is replaced at most
+    def check(self) -> None:
+        super().check()
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            raise UserError("argument --reward_weights: needs one weight for each of --rewards")
+        if self.save_steps % self.num_iterations:
+            raise UserError("argument --save_steps: must be a multiple of --num_iterations")
+        load_rewards(self.rewards)
+        if self.epsilon is None:
+            self.epsilon = 3e-4 if self.importance_sampling_level == "sequence" else 0.2
 
 
 # --- the algorithm -------------------------------------------------------------------------------
-
-
-def without_signal(rewards: Tensor) -> Tensor:
-    """Groups whose rewards are all equal teach nothing: (B, G) -> (B,), boolean."""
-    return (rewards == rewards[:, :1]).all(dim=1)
 
 
 def compute_advantages(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
@@ -127,7 +115,7 @@ def compute_advantages(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
         A[b, g] = (R[b, g] - mean(R[b])) / (std + 1e-4)
 
     The std is the group's (GRPO, arXiv 2402.03300, section 4.1.2), the whole batch's (`batch`), or
-    none at all (Dr. GRPO, arXiv 2503.20783: dividing favours questions that are almost always or
+    absent (`none`, Dr. GRPO, arXiv 2503.20783: dividing favours questions that are almost always or
     almost never solved). Equal rewards give zeros. G must be at least 2.
 
     >>> compute_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
@@ -135,7 +123,8 @@ def compute_advantages(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
-    centred = centred.masked_fill(without_signal(rewards)[:, None], 0.0)  # not a rounding error
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    centred = centred.masked_fill(equal, 0.0)  # not a rounding error
     if scale_rewards == "group":
         return centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
     if scale_rewards == "batch":
@@ -143,6 +132,33 @@ def compute_advantages(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
     if scale_rewards == "none":
         return centred
     raise ValueError(f"scale_rewards must be group, batch or none, not {scale_rewards!r}")
+
+
+def token_weights(
+    completion_mask: Tensor,
+    loss_type: str,
+    *,
+    num_completions: int,
+    num_tokens: int,
+    max_completion_length: int,
+) -> Tensor:
+    """The weight of every token in the update's loss: (N, C) -> (N, C), zero outside the mask.
+
+        grpo         1 / (num_completions * tokens of the completion)    (arXiv 2402.03300, eq. 3)
+        dapo, cispo  1 / num_tokens                                      (arXiv 2503.14476)
+        dr_grpo      1 / (num_completions * max_completion_length)       (arXiv 2503.20783)
+
+    The counts are the whole update's, over all processes. The weights of an update sum to 1 for
+    `grpo`, `dapo` and `cispo` if no completion is empty.
+    """
+    mask = completion_mask.float()
+    if loss_type == "grpo":
+        return mask / (num_completions * mask.sum(-1, keepdim=True).clamp(min=1))
+    if loss_type in ("dapo", "cispo"):
+        return mask / max(num_tokens, 1)
+    if loss_type == "dr_grpo":
+        return mask / (num_completions * max_completion_length)
+    raise ValueError(f"loss_type must be grpo, dapo, dr_grpo or cispo, not {loss_type!r}")
 
 
 def grpo_loss(
@@ -156,32 +172,39 @@ def grpo_loss(
     epsilon: float,
     epsilon_high: float | None = None,
     loss_type: str = "grpo",
-    max_completion_length: int | None = None,
-    num_tokens: float | Tensor | None = None,
+    importance_sampling_level: str = "token",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped policy loss with a KL penalty. Token tensors (N, C), advantages (N,).
+    """The clipped policy loss with a KL penalty, of each token. Token tensors (N, C), A (N,).
 
-        ratio  = exp(logp - old_logp)
-        loss_t = -min(ratio * A, clip(ratio, 1 - epsilon, 1 + epsilon_high) * A) + beta * KL_t
-        KL_t   = exp(ref_logp - logp) - (ref_logp - logp) - 1       (k3: unbiased, never negative)
+        ratio_t = exp(logp_t - old_logp_t)
+        loss_t  = -min(ratio_t * A, clip(ratio_t, 1 - epsilon, 1 + epsilon_high) * A) + beta * KL_t
+        KL_t    = exp(ref_logp_t - logp_t) - (ref_logp_t - logp_t) - 1    (k3: unbiased, never < 0)
 
-    Averaged over tokens as `loss_type` says: `grpo`, mean over rows of each row's token mean
-    (arXiv 2402.03300, eq. 3); `bnpo`, mean over these rows' tokens; `dr_grpo`, sum / (rows *
-    `max_completion_length`) (arXiv 2503.20783); `dapo`, sum / `num_tokens`, the tokens of the whole
-    update (arXiv 2503.14476), by default of these rows. `epsilon_high` None means epsilon.
+    With `importance_sampling_level` "sequence" the ratio is one per completion, the exponential of
+    the mean of logp_t - old_logp_t (GSPO, arXiv 2507.18071). `cispo` replaces the first term by
+    -min(ratio_t, 1 + epsilon_high) * A * logp_t with no gradient through the ratio
+    (arXiv 2506.13585). `epsilon_high` None means epsilon.
 
-    The first update after a rollout has ratio 1, so without KL the loss `grpo` is about 0 and its
-    gradient is not. Returns the loss, and the means over tokens of `kl` and `clip_ratio` (1 where
-    the clip stops the gradient). Rows without any token count as 0.
+    Returns the loss of each token, zero outside the mask, and the means over tokens of `kl` and
+    `clip_ratio`, the share of tokens whose gradient the clip stops (for cispo: bounds). The first
+    update after a rollout has ratio 1: the loss of `grpo` without KL sums to 0, its gradient does
+    not.
     """
     mask = completion_mask.bool()
     high = epsilon if epsilon_high is None else epsilon_high
     A = advantages[:, None]  # (N, 1)
 
     log_ratio = torch.where(mask, per_token_logps - old_per_token_logps, 0.0)
+    if importance_sampling_level == "sequence":
+        lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+        log_ratio = (log_ratio.sum(-1, keepdim=True) / lengths).expand_as(log_ratio)
     ratio = log_ratio.exp()
-    clipped_ratio = ratio.clamp(1 - epsilon, 1 + high)
-    per_token_loss = -torch.minimum(ratio * A, clipped_ratio * A)
+    if loss_type == "cispo":
+        per_token_loss = -ratio.clamp(max=1 + high).detach() * A * per_token_logps
+        clipped = ratio > 1 + high
+    else:
+        per_token_loss = -torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + high) * A)
+        clipped = ((ratio < 1 - epsilon) & (A < 0)) | ((ratio > 1 + high) & (A > 0))
 
     per_token_kl = torch.zeros_like(ratio)
     if beta:
@@ -189,288 +212,131 @@ def grpo_loss(
         per_token_kl = d.exp() - d - 1
         per_token_loss = per_token_loss + beta * per_token_kl
 
-    per_token_loss = per_token_loss * mask
     tokens = mask.sum().clamp(min=1)
-    if loss_type == "grpo":
-        loss = (per_token_loss.sum(-1) / mask.sum(-1).clamp(min=1)).mean()
-    elif loss_type == "bnpo":
-        loss = per_token_loss.sum() / tokens
-    elif loss_type == "dr_grpo":
-        loss = per_token_loss.sum() / (len(mask) * (max_completion_length or mask.shape[1]))
-    elif loss_type == "dapo":
-        loss = per_token_loss.sum() / (tokens if num_tokens is None else num_tokens)
-    else:
-        raise ValueError(f"loss_type must be grpo, bnpo, dr_grpo or dapo, not {loss_type!r}")
-
-    stopped = ((ratio < 1 - epsilon) & (A < 0)) | ((ratio > 1 + high) & (A > 0))
     stats = {
         "kl": (per_token_kl.detach() * mask).sum() / tokens,
-        "clip_ratio": (stopped & mask).sum() / tokens,
+        "clip_ratio": (clipped & mask).sum() / tokens,
     }
-    return loss, stats
+    return torch.where(mask, per_token_loss, 0.0), stats
 
 
-# --- rollout -------------------------------------------------------------------------------------
+# --- one update ----------------------------------------------------------------------------------
 
 
-@dataclass
-class Group:
-    """One question and the G answers sampled to it."""
+def score(rollout: Rollout, functions: dict[str, Callable]) -> Tensor:
+    """Every reward of every completion: (b, G, R).
 
-    row: dict
-    completion_ids: Tensor  # (G, C), padded on the right
-    completion_mask: Tensor  # (G, C), 1 up to and including the end token
-    completions: list[str]
-    rewards: Tensor  # (G, R), one column per reward function
-    advantages: Tensor | None = None  # (G,)
-
-    @property
-    def tokens(self) -> int:
-        return int(self.completion_mask.sum())
-
-    def record(self, names: list[str], step: int) -> dict:
-        """The group as a line of rollouts.jsonl."""
-        rewards = {name: self.rewards[:, i].tolist() for i, name in enumerate(names)}
-        more = {"advantages": self.advantages.tolist()}
-        return rollout_record(self.row, self.completions, rewards, step, **more)
-
-
-def sample_groups(model, processor, rows: list[dict], slots: list[int], number: int, config):
-    """Sample G completions of each row's prompt and score them.
-
-    The seed, the `number` of the rollout and the prompts' `slots` in it fix every draw.
+    Where the prompt ends in <think>, the answer's format begins in the prompt.
     """
-    inputs = to_device(processor.collate([row["encoded"] for row in rows]), model.device)
-    G, C = config.num_generations, config.max_completion_length
-    sampled = sample(
-        model, inputs, G, C, config.temperature, seed=config.seed, step=number, prompts=slots
-    )  # ids and mask, (b*G, C) both
-    groups = []
-    for row, ids, mask in zip(rows, *(tensor.split(G) for tensor in sampled), strict=True):
-        texts = processor.decode(ids, mask)
-        # where the prompt ends in <think>, the answer's format begins in the prompt
-        rewards = [[REWARDS[r](row["opening"] + t, row) for r in config.rewards] for t in texts]
-        groups.append(Group(row, ids, mask, texts, torch.tensor(rewards)))
-    return groups
+    G, rewards = len(rollout.completions) // len(rollout.prompts), []
+    for row, completion in enumerate(rollout.completions):
+        prompt = rollout.prompts[row // G]
+        for name, function in functions.items():
+            reward = function(prompt.opening + completion, prompt.row)
+            if not isinstance(reward, int | float) or not math.isfinite(reward):
+                where = f"row {prompt.row['id']}"
+                raise UserError(f"the reward {name} returned {reward!r} for {where}, not a number")
+            rewards.append(float(reward))
+    return torch.tensor(rewards).view(-1, G, len(functions))
 
 
-def explore(feed, model, processor, config, accelerator, number: int, rows: list[dict]):
-    """Rollout `number` of the run: this process's groups, and metrics over all processes."""
-    first, b = accelerator.process_index * len(rows), len(rows)
-    groups = sample_groups(model, processor, rows, list(range(first, first + b)), number, config)
-    sampled = b
-    for attempt in range(1, 1 + REFILLS * config.dynamic_sampling):
-        flat = [i for i in range(b) if without_signal(groups[i].rewards.sum(-1)[None])]
-        if not flat:
-            break
-        slots = [attempt * config.prompts_per_update + first + i for i in flat]
-        others = [feed[data_position(config, number, slot)] for slot in slots]
-        fresh = sample_groups(model, processor, others, slots, number, config)
-        for i, group in zip(flat, fresh, strict=True):
-            groups[i] = group
-        sampled += len(flat)
-
-    rewards = torch.stack([group.rewards for group in groups]).to(accelerator.device)
-    rewards = accelerator.gather(rewards)  # (B, G, R)
-    totals = rewards.sum(-1)  # (B, G)
-    advantages = compute_advantages(totals, config.scale_rewards)
-    for group, own in zip(groups, advantages[first : first + b].cpu(), strict=True):
-        group.advantages = own
-
-    lengths = torch.cat([group.completion_mask.sum(-1) for group in groups])
-    last = torch.cat(
-        [g.completion_ids.gather(-1, g.completion_mask.sum(-1, True) - 1) for g in groups]
-    )
-    cut = ~torch.isin(last, torch.tensor(processor.end_ids, device=last.device))
-    sums = torch.tensor(
-        [lengths.sum(), cut.sum(), len(lengths), sampled], device=accelerator.device
-    )
-    tokens, cut, completions, sampled = accelerator.reduce(sums, "sum").tolist()
-    metrics = {
-        "reward": totals.mean().item(),
-        "reward_std": totals.std(1).mean().item(),
-        "frac_reward_zero_std": without_signal(totals).float().mean().item(),
-        **{f"rewards/{r}": rewards[..., i].mean().item() for i, r in enumerate(config.rewards)},
-        "completions/mean_length": tokens / completions,
-        "completions/clipped_ratio": cut / completions,
-    }
-    if config.dynamic_sampling:
-        metrics["sampled_groups"] = sampled
-    return groups, tokens, metrics
-
-
-def data_position(config, number: int, slot: int) -> int:
-    """Where in the data prompt `slot` of rollout `number` stands: nothing to save, a function."""
-    return number * config.prompts_per_update * (1 + REFILLS * config.dynamic_sampling) + slot
-
-
-# --- the update ----------------------------------------------------------------------------------
-
-
-@dataclass
-class MicroBatch:
-    """Some whole groups, as one training forward takes them."""
-
-    inputs: dict[str, Tensor]
-    completion_ids: Tensor  # (b, G, C)
-    completion_mask: Tensor  # (b, G, C)
-    advantages: Tensor  # (b, G)
-    weight: float  # the loss is the sum of weight * loss, averaged over processes
-    ref_per_token_logps: Tensor | None = None  # (b, G, C)
-    old_per_token_logps: Tensor | None = None  # (b, G, C), from the first update of the rollout
-
-
-def micro_batches(
-    groups: list[Group], processor, config, accelerator, reference
-) -> list[MicroBatch]:
-    """Split the groups into training forwards: like lengths together, cut to their longest.
-
-    A group without advantage changes nothing when there is no KL, so it is left out. Every process
-    makes equally many and at least one, if need be of weight 0: they meet in every backward pass.
-    """
-    device = accelerator.device
-    order = sorted(groups, key=lambda group: group.tokens, reverse=True)
-    used = [group for group in order if config.beta or group.advantages.any()]
-    size = config.prompts_per_forward
-    parts = [used[i : i + size] for i in range(0, len(used), size)]
-    most = max(1, int(accelerator.gather(torch.tensor([len(parts)], device=device)).max()))
-
-    batches = []
-    for part in parts + [[]] * (most - len(parts)):
-        if config.loss_type == "dapo":  # divided by the tokens of all processes: undo their mean
-            weight = accelerator.num_processes * bool(part)
-        elif config.loss_type == "bnpo":
-            weight = sum(group.tokens for group in part) / sum(group.tokens for group in groups)
-        else:
-            weight = len(part) / len(groups)
-        part = part or order[-1:]
-        rows = (zip(g.completion_ids, g.completion_mask.bool(), strict=True) for g in part)
-        tight = [ids[mask] for group in rows for ids, mask in group]
-        ids, mask = (
-            nn.utils.rnn.pad_sequence(tensors, batch_first=True).unflatten(0, (len(part), -1))
-            for tensors in (tight, [torch.ones_like(ids) for ids in tight])
-        )
-        inputs = to_device(processor.collate([group.row["encoded"] for group in part]), device)
-        advantages = torch.stack([group.advantages for group in part]).to(device)
-        batch = MicroBatch(inputs, ids, mask, advantages, weight)
-        if reference is not None:
-            with torch.no_grad(), accelerator.autocast():
-                batch.ref_per_token_logps = group_logps(
-                    reference, inputs, ids, mask, temperature=config.temperature
-                )
-        batches.append(batch)
-    return batches
-
-
-def update(policy, optimizer, batches: list[MicroBatch], num_tokens, config, accelerator) -> dict:
-    """One optimizer step over the micro-batches; `num_tokens` are the update's, over all processes.
-
-    A non-finite loss or gradient leaves the weights as they are (`skipped_updates` 1). Returns
-    metrics as means over all processes.
-    """
+def compute_gradients(policy, batches: list[MicroBatch], options, accelerator) -> dict[str, float]:
+    """Forward and backward of every micro-batch. Returns the loss and means over trained tokens."""
     policy.train()
-    totals = torch.zeros(5, device=accelerator.device)  # loss, then sums over tokens, and tokens
+    totals = torch.zeros(7, device=accelerator.device)
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(policy):
-            logps, entropy = policy(
-                batch.inputs, batch.completion_ids, batch.completion_mask, config.temperature
-            )  # (b, G, C) both
+            logps, entropy = policy(batch.packed, options.temperature)  # (b, G, C) both
+            logps, entropy = logps.flatten(0, 1), entropy.flatten(0, 1)
             if batch.old_per_token_logps is None:
                 batch.old_per_token_logps = logps.detach()
-            token_logps = (logps, batch.old_per_token_logps, batch.ref_per_token_logps)
-            mask = batch.completion_mask.flatten(0, 1)
-            loss, stats = grpo_loss(
-                *(None if t is None else t.flatten(0, 1) for t in token_logps),  # (b*G, C)
-                batch.advantages.flatten(),
-                mask,
-                beta=config.beta,
-                epsilon=config.epsilon,
-                epsilon_high=config.epsilon_high,
-                loss_type=config.loss_type,
-                max_completion_length=config.max_completion_length,
-                num_tokens=num_tokens,
+            trained = batch.weights > 0
+            per_token_loss, stats = grpo_loss(
+                logps,
+                batch.old_per_token_logps,
+                batch.ref_per_token_logps,
+                batch.advantages,
+                trained,
+                beta=options.beta,
+                epsilon=options.epsilon,
+                epsilon_high=options.epsilon_high,
+                loss_type=options.loss_type,
+                importance_sampling_level=options.importance_sampling_level,
             )
-            accelerator.backward(loss * batch.weight)
-        tokens = mask.sum()
-        sums = torch.stack(
-            [entropy.sum(), stats["kl"] * tokens, stats["clip_ratio"] * tokens, tokens]
-        )
-        totals[0] += loss.detach() * batch.weight
-        totals[1:] += sums * (batch.weight > 0)
-    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
-    loss = accelerator.reduce(totals[:1], "mean").item()
-    entropy, kl, clip_ratio, tokens = accelerator.reduce(totals[1:], "sum").tolist()
-    finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    if finite:
-        optimizer.step()
-    optimizer.zero_grad()
-    means = {"kl": kl, "entropy": entropy, "clip_ratio": clip_ratio}
-    return {
-        "loss": loss,
-        **{name: value / max(tokens, 1) for name, value in means.items()},
-        "grad_norm": grad_norm,
-        "skipped_updates": int(not finite),
-    }
+            loss = (per_token_loss * batch.weights).sum()
+            accelerator.backward(loss * accelerator.num_processes)  # DDP and FSDP take the mean
+        tokens = trained.sum()
+        # the sampler's log-probabilities against those of the training pass (k3, as in the loss)
+        gap = torch.where(trained, batch.old_per_token_logps - batch.sampling_logps, 0.0)
+        gap_kl = (gap.exp() - gap - 1).sum()
+        sums = [loss.detach(), tokens, (entropy * trained).sum(), stats["kl"] * tokens]
+        sums += [stats["clip_ratio"] * tokens, gap.abs().sum(), gap_kl]
+        totals += torch.stack(sums)
+    loss, tokens, *sums = accelerator.reduce(totals, "sum").tolist()
+    names = ("entropy", "kl", "clip_ratio", "sampling/logp_difference", "sampling/kl")
+    means = {name: total / max(tokens, 1) for name, total in zip(names, sums, strict=True)}
+    return {"loss": loss, **means}
 
 
-def main() -> None:
-    with user_errors():
-        config = parse_config(GRPOConfig, PAPER)
-        accelerator = start_accelerator(config)
-        run = Run(config, accelerator)
-        rows = open_rows(config)  # before the model: a wrong path is found at once
-        model, processor = run.load_policy()
-        reference = None
-        if config.beta:
-            dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-            reference, _ = load_policy(config.model, dtype=dtype, max_pixels=config.max_pixels)
-            reference.requires_grad_(False).eval().to(accelerator.device)
-        style = processor.default_style if config.prompt_style == "auto" else config.prompt_style
-        feed, held_out = load_data(rows, config, processor, style, accelerator)
-        b = per_process(config, "prompts_per_update", accelerator)
+def main() -> int | None:
+    options = parse_options(GRPOOptions, __doc__)
+    accelerator = start_accelerator(options)
+    own = share_of(options, "prompts_per_update", accelerator)  # this process's places in a rollout
+    checkpoint = find_checkpoint(options, accelerator)
+    functions = load_rewards(options.rewards)
+    reward_weights = torch.tensor(options.reward_weights or [1.0] * len(functions))
+    rows = open_rows(options)  # before the model, so that a wrong path is found at once
+    model, processor = load_for_training(options, checkpoint)
+    sampler = Replica(model, accelerator, lora=options.lora_rank > 0)
+    add_adapters(model, options.lora_rank, options.seed, sampler.model.dtype)
+    reference = load_reference(options, accelerator)
+    prompts = load_prompts(rows, options, processor, accelerator, options.prompts_per_update)
+    logs = Logs(options, accelerator, model, prompts, step_of(checkpoint))
+    policy, optimizer = prepare(Policy(model), options, accelerator, checkpoint)
+    sampler.refresh(policy)  # with the adapters of the checkpoint
+    guarded_step = GuardedStep(policy, optimizer, options, accelerator)
+    stop = StopSignal(accelerator)
+    pack = partial(make_micro_batches, sampler.model, reference, processor, options, accelerator)
+    test = partial(evaluate, sampler.model, processor, prompts, accuracy_reward, options, logs)
+    save = partial(save_model, policy, processor, options, accelerator)
 
-    completions = config.prompts_per_update * config.num_generations
-    run.announce(model, style_used=style, completions_per_update=completions)
-    sampler = Replica(model, accelerator)
-    policy, optimizer = run.prepare(Policy(model))
-
-    def next_rows(step: int) -> list[dict]:
-        """This process's prompts for the rollout that update `step` begins with, if it does."""
-        number, within = divmod(step, config.num_iterations)
-        first = accelerator.process_index * b
-        return [] if within else [feed[data_position(config, number, first + i)] for i in range(b)]
-
-    def evaluate(step: int) -> dict:
-        C = config.max_completion_length
-        return run.evaluate(sampler.model, processor, held_out, step, C, accuracy_reward)
-
-    if run.start_step == 0 and config.eval_steps:
-        run.log({"step": 0, **evaluate(0)})
-    for step, rows in run.steps(next_rows):
+    if not checkpoint and options.eval_steps:
+        logs.metrics({"step": 0, **test(0)})
+    for step in range(logs.start_step + 1, options.max_steps + 1):
         began = time.perf_counter()
-        if rows:
-            number = step // config.num_iterations
-            groups, num_tokens, about = explore(
-                feed, sampler.model, processor, config, accelerator, number, rows
-            )
-            logged = groups[: config.log_groups]
-            run.log_rollouts([group.record(config.rewards, step + 1) for group in logged])
+        number, iteration = divmod(step - 1, options.num_iterations)
+        if iteration == 0:
+            batch = prompts.of_rollout(number, own)  # b prompts
+            rollout = sample_rollout(sampler.model, processor, batch, own, number, options)
+            rewards = accelerator.gather(score(rollout, functions).to(accelerator.device)).cpu()
+            totals = (rewards * reward_weights).sum(-1)  # (B, G), of all processes
+            advantages = compute_advantages(totals, options.scale_rewards)[own]  # (b, G)
+            trained, counts = trained_tokens(rollout, options, accelerator)  # (b*G, C)
+            weights = token_weights(trained, options.loss_type, **counts)  # (b*G, C)
+            batches = pack(rollout, advantages, weights)
+            about = rollout_metrics(rollout, rewards, totals, options, accelerator)
+            logs.rollouts(rollout_records(rollout, rewards[own], advantages, options), step)
         sampled = time.perf_counter()
-        if rows:
-            batches = micro_batches(groups, processor, config, accelerator, reference)
-        rate = run.set_learning_rate(optimizer, step)
-        metrics = update(policy, optimizer, batches, num_tokens, config, accelerator)
+        metrics = {"step": step, **compute_gradients(policy, batches, options, accelerator)}
+        metrics |= guarded_step(metrics["loss"], step)
         sampler.refresh(policy)
-        ended = time.perf_counter()
-        metrics = {"step": step + 1, **metrics, **about, "learning_rate": rate}
-        metrics["seconds/rollout"] = sampled - began
-        metrics["seconds/train"] = ended - sampled
-        metrics["tokens_per_second"] = num_tokens / (ended - began)
-        boundary = (step + 1) % config.num_iterations == 0
-        run.end_update(metrics, policy, processor, optimizer, evaluate, boundary)
-    run.finish(policy, processor, feed)
+        metrics |= about | throughput(about, totals.numel(), began, sampled)
+
+        if options.eval_steps and (step % options.eval_steps == 0 or step == options.max_steps):
+            metrics |= test(step)
+        logs.metrics(metrics)
+        if logs.is_best(metrics):
+            save("best")
+        stopping = step % options.num_iterations == 0 and stop.received()
+        if stopping or (options.save_steps and step % options.save_steps == 0):
+            save(f"checkpoint-{step}", optimizer)
+        if stopping:
+            logs.say_stopped(step)
+            return stop.exit_code
+    save("final")
+    logs.conclude(prompts.skipped)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -1,36 +1,27 @@
-"""Rewards: rules that read the text of a completion, and nothing else.
+"""Rewards: pure functions `(completion, row) -> float` that read text and nothing else.
 
-Each is a pure function `(completion, row) -> float`; `row` holds at least `options` (a list of
-texts, empty for open questions) and `answer` (the right option's text or letter, or a number).
-Training adds up accuracy and format with equal weight (arXiv 2503.05132).
+`row` holds at least `options` (texts, empty for an open question) and `answer` (the right option's
+text or letter, or the open answer). Training adds accuracy and format with equal weight (arXiv
+2503.05132). How this departs from the paper's code:
 
-How this departs from the paper's code:
-1. "Left", "left.", "(B) left" and "three" are right where "left", its option B and "3" are. There
-   only the exact string was, and the model was punished for its spelling.
-2. Without a tag the accuracy is 0. There free text was searched for letters, and the "a" of
-   "I see a dog and a cat." was option (A).
-3. What names two options is never right, so listing them all does not pay.
-4. Doubled, nested and empty tags fail the format, a trailing newline does not.
+1. An answer counts by what it states, not by its spelling. "Left." and "(B)" are right where
+   option B is "left", and "1/2" is right where the answer is "0.5" (see core/values.py).
+2. Without an `<answer>` tag the accuracy is 0. The paper's code searched free text for letters, so
+   "I see a dog and a cat." counted as option (A).
+3. An answer that names two options is wrong, so listing all options does not pay.
+4. Doubled, nested and empty tags fail the format. A trailing newline does not.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from string import ascii_lowercase
-from typing import Any
-from unicodedata import normalize
+from collections.abc import Sequence
 
-Row = Mapping[str, Any]
-
-# Nothing that a model emits may make scoring slow. In characters:
-MAX_ANSWER = 200  # an answer longer than the longest option by more than this is an essay
-MAX_TEXT = 10_000  # of a longer text only the two ends are searched; 1024 tokens are about 5000
-
+from core.values import NEGATION, VOIDS_NUMBER, agree, values, words
 
 # --- rewards --------------------------------------------------------------------------------------
 
 
 def extract_answer(completion: str) -> str | None:
-    """Content of the last well-formed `<answer>…</answer>`, stripped; None where there is none."""
+    """The stripped content of the last well-formed `<answer>…</answer>`, or None."""
     start = completion.rfind("<answer>", 0, max(0, completion.rfind("</answer>")))
     if start < 0:
         return None
@@ -38,237 +29,135 @@ def extract_answer(completion: str) -> str | None:
     return completion[start : completion.find("</answer>", start)].strip()
 
 
-def accuracy_reward(completion: str, row: Row) -> float:
+def accuracy_reward(completion: str, row: dict) -> float:
     """1.0 if the last `<answer>…</answer>` states the right answer and no other, else 0.0."""
     answer = extract_answer(completion)
     return float(answer is not None and is_correct(answer, row))
 
 
-def format_reward(completion: str, row: Row) -> float:
-    """1.0 for `<think>…</think> <answer>…</answer>` and only whitespace around them, else 0.0.
+def format_reward(completion: str, row: dict) -> float:
+    """1.0 for `<think>…</think> <answer>…</answer>` with only whitespace around them, else 0.0.
 
-    The prompt ends with `<think>`: a completion without one gets that one back. The answer must not
-    be empty; what is thought is the model's own affair.
+    The answer must not be empty. A missing `<think>` is put in front, because a prompt may end
+    with it.
     """
     text = completion if "<think>" in completion else "<think>" + completion
     if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
         return 0.0
-    thought, _, rest = text.strip().partition("</think>")
-    before, _, tagged = rest.partition("<answer>")
-    answer, _, after = tagged.partition("</answer>")
-    in_order = thought.startswith("<think>") and not before.strip() and not after.strip()
-    return float(in_order and answer.strip() != "")
+    match = re.fullmatch(r"\s*<think>.*</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
+    return float(match is not None and match[1].strip() != "")
 
 
-def length_reward(completion: str, row: Row) -> float:
-    """0.001 per token, the naive reward that made texts long and not thoughtful (arXiv 2503.05132).
-
-    A function of text alone knows no tokenizer, so a token is a word between whitespace here.
-    """
+def length_reward(completion: str, row: dict) -> float:
+    """0.001 per word: the naive reward that made texts long, not thoughtful (arXiv 2503.05132)."""
     return 0.001 * len(completion.split())
 
 
-REWARDS: dict[str, Callable[[str, Row], float]] = {
-    "accuracy": accuracy_reward,
-    "format": format_reward,
-    "length": length_reward,
-}
+REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "length": length_reward}
+
+# --- what an answer states: the same rules for training and for evaluation ------------------------
 
 
-# --- what a text states, and whether it is right: one rule for training and for evaluation --------
+def is_correct(answer_text: str, row: dict) -> bool:
+    """Whether `answer_text`, without its tags, states the row's answer and no other.
 
-
-def is_correct(answer_text: str, row: Row) -> bool:
-    """Whether `answer_text`, without its tags, states the row's answer and no other."""
+    Options are compared by index, open answers that begin with a number by value and unit, and
+    other open answers by their words.
+    """
     options, answer = list(row.get("options") or []), row["answer"]
-    if len(answer_text) > MAX_ANSWER + max(map(len, [answer, *options])):
-        return False
+    if len(answer_text) > 200 + max(map(len, [answer, *options])):
+        return False  # an essay
     right = stated_option(answer, options)
     if right is not None:
         return stated_option(answer_text, options) == right
-    number = stated_number(answer)
-    if number is not None and _words(answer).split()[0] == number:
-        return stated_number(answer_text) == number
-    return _spelling(answer_text) == _spelling(answer) != ""
+    value = open_value(answer)
+    if value is not None:
+        stated = values(words(answer_text))
+        return bool(stated) and all(agree(one, value) for one in stated)
+    said, expected = (FILLER.sub(" ", words(text)).split() for text in (answer_text, answer))
+    return said == expected != []
 
 
 def stated_option(text: str, options: Sequence[str]) -> int | None:
-    """Index of the one option that `text` names, by its text or letter; None for none or several.
+    """Index of the one option that `text` names by text, letter or value, else None.
 
-    Where options contain one another ("square", "red square") the longest counts. A negation in the
-    same sentence makes it None, and so does any other number beside an option that is a number.
+    Each name in the text narrows down the options that it can mean: "(B) left" means left if left
+    is B, and nothing otherwise. If one name contains another ("red square", "square"), the longer
+    one counts. A negation in the same sentence as a name voids the answer.
     """
     spelled = text.strip().lower()
     for index, option in enumerate(options):
-        if spelled == option.strip().lower():
+        if option.strip().lower() == spelled:
             return index
-    texts = [_words(option).removesuffix(" . ") for option in options]
-    # "Dr. Smith" is also "Dr Smith", and the option "(A) left" also "left".
-    bare = [_words(OWN_LETTER.sub("", option)).replace(" . ", "") for option in options]
-    # At least A to F: the "C" of "(C) left" contradicts "left" even where there are two options.
-    letters = [f" {letter} " for letter in ascii_lowercase[: max(6, len(options))]]
-    words, named = _words(text), set()
-    for names in (texts, bare, letters):  # texts first: the options may be "A" and "B" themselves
-        for name in sorted(filter(None, names), key=len, reverse=True):
-            if name in words:
-                named |= {index for index, other in enumerate(names) if other == name}
-                words = words.replace(name, NAMED)
-    if len(named) != 1 or max(named) >= len(options):
+    names = _names(options)
+    option_values = [open_value(OWN_LETTER.sub("", option, count=1)) for option in options]
+    sentences = words(text).split(" . ")
+    rest, meant, found = "".join(sentences), set(range(len(options))), []
+    for name in sorted(names, key=len, reverse=True):
+        if name in rest:
+            rest, meant = rest.replace(name, NAMED), meant & names[name]
+            found.append(name)
+    for said in values(rest) if any(option_values) else []:
+        meant &= {i for i, value in enumerate(option_values) if value and agree(said, value)}
+        found.append(f" {said[0]} ")
+    if not found or len(meant) != 1:
         return None
-    index = named.pop()
-    option_words = bare[index].split()
-    if len(option_words) == 1 and _is_number(option_words[0]):
-        other_number = any(map(_is_number, words.split()))
-        return None if other_number or _spoiled(words, NEGATIONS | QUALIFIERS) else index
-    if not NEGATIONS.isdisjoint(option_words):  # "No, it is not" states "no", "not false" does not
-        return None if f" not {NAMED}" in words else index
-    return None if _spoiled(words, NEGATIONS) else index
+    index = meant.pop()
+    if NEGATION.search(words(options[index])):  # "No, it is not" states "no"
+        return None if f" not {NAMED}" in rest else index
+    voids = VOIDS_NUMBER if option_values[index] else NEGATION
+    voided = any(voids.search(s) and any(name in s for name in found) for s in sentences)
+    return None if voided else index
 
 
-def stated_number(text: str) -> str | None:
-    """The one number that `text` states ("three chairs": "3"); None for none or several."""
-    words = _words(text)
-    numbers = set(filter(_is_number, words.split()))
-    if len(numbers) != 1:
+def _names(options: Sequence[str]) -> dict[str, set[int]]:
+    """Each name that a text can use, as words, with the indices of the options it can mean.
+
+    Names are texts and letters. An option's own letter ("B: cup") wins over its position. Letters
+    up to F that no option has mean none, so "(C) left" names nothing where there are two options.
+    """
+    own = [match[1].lower() for match in map(OWN_LETTER.match, options) if match]
+    letters = [chr(ord("a") + index) for index in range(max(6, len(options)))]
+    names: dict[str, set[int]] = {f" {letter} ": set() for letter in letters}
+    if len(set(own) & set(letters)) == len(options):
+        letters = own
+    for index, (letter, option) in enumerate(zip(letters, options, strict=False)):
+        for text in (letter, option, OWN_LETTER.sub("", option, count=1)):
+            name = f" {letter} " if text == letter else words(text).replace(" . ", "")
+            names.setdefault(name, set()).add(index)
+    names.pop("", None)
+    return names
+
+
+def open_value(answer: str) -> tuple[str, str] | None:
+    """Number and unit of an answer that begins with its only number ("5 cm"), else None."""
+    found = values(words(answer))
+    begins = re.match(r"(?:.* = )? -?\d", words(answer))
+    return found[0] if begins and len(found) == 1 and agree(found[0], found[0]) else None
+
+
+def stated_value(text: str) -> str | None:
+    """The one value that a free text states, with its unit ("It is 7 p.m.": "7 pm"), else None.
+
+    Nouns are no units here: "There are 3 dogs." states "3".
+    """
+    found = values(words(text))
+    if not found or not all(agree(found[0], other) for other in found):
         return None
-    number = numbers.pop()
-    words = words.replace(f" {number} ", NAMED)
-    return None if _spoiled(words, NEGATIONS | QUALIFIERS) else number
+    number, unit = found[0]
+    return f"{number} {unit}" if re.fullmatch("[°%]|[ap]m|[cmk]?m[23]?", unit) else number
 
 
-def lenient_answer(completion: str, row: Row) -> str | None:
-    """What a response answers even if it has no tag; for evaluation, never for training.
-
-    The tagged answer where there is one. Otherwise the text after `</think>` (the whole response
-    if nothing stands there) is searched: the only option that it states, as the option's text, or
-    for an open question the only number; None for none or several.
-    """
-    answer = extract_answer(completion)
-    if answer is not None:
-        return answer
-    text = completion.rpartition("</think>")[2].strip() or completion
-    options = row.get("options")
-    if not options:
-        return stated_number(text)
-    index = stated_option(text, options)
-    return None if index is None else options[index]
-
-
-# --- words ----------------------------------------------------------------------------------------
-# Texts are compared as words: lower case, no punctuation, no articles, numbers by their value. One
-# string holds them, each with a space on both sides (" red  square "): then `in` finds one text in
-# another at the boundaries of words, in linear time.
-
-# One character at a time: normalising a whole string is quadratic in its combining marks.
-FOLD = {c: normalize("NFKC", chr(c)) for c in [*range(0xFF01, 0xFF5F), *range(0x2460, 0x24EA)]}
-FOLD |= str.maketrans("’º。−–‐‑", "'°.----", "\u200b\ufeff")
-FOLD |= dict.fromkeys(map(ord, "⁰¹²³⁴⁵⁶⁷⁸⁹½⅓⅔¼¾"), "^")
-
-UNITS = "one two three four five six seven eight nine".split()
-TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-VALUES = {word: i for i, word in enumerate(["zero", *UNITS, *TEENS])}
-VALUES |= {word: 10 * i for i, word in enumerate(TENS, start=2)}
-VALUES |= {f"{t}-{u}": VALUES[t] + VALUES[u] for t in TENS for u in UNITS}
-# "two dozen" are two numbers then, and never taken for 2.
-VALUES |= {"half": 0.5, "dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6}
-
-NEGATIONS = frozenset(
-    "not no never neither nor none non cannot except instead opposite wrong incorrect false".split()
-)
-# Beside one of these a number is not the value: "√3", "3π", "minus 3", "more than 3".
-QUALIFIERS = frozenset(
-    "√ ^ ± ≤ ≥ π pi sqrt root squared minus negative than more least most".split()
-)
-
-# The "a" that is no letter of an option: in "a chair", "a 3D view", "a **chair**", and where a text
-# was cut off after "there is a". It is one in "a", "option a", "A is closer", "A or B", "A left".
-ARTICLE = re.compile(
-    r"""
-      (?<![Oo]ption\ )(?<![Cc]hoice\ )(?<![Aa]nswer\ )(?:
-        \b(?<!<)[AaI]\ +(?=[^\W\d_]{2}|[0-9]+[-A-Za-z])
-        (?!(?i:is|was|and|or|nor|vs|because)\b)
-        (?!(?i:left|right|above|below|yes|no|true|false)\b(?!\ +\w))
-      | \ba\ +(?=["'`*“‘])
-      | (?<=\w\ )(?<!nswer\ is\ )a\s*\Z )
-    """,
-    re.VERBOSE,
-)
-NOISE = re.compile(
-    r"""
-      \b(?:the|an)\b
-    | (?:\b[a-z])?'(?:s|d|m|ll|re|ve)\b | \b[a-z]'(?=[a-z])  # the letters of "I'd", "c'est",
-    | (?<=[0-9])[a-z]\b | \b(?:e\.g|i\.e)\b                  # "3D", "e.g."
-    | </[a-z]> | <[a-z](?:\ [^<>]*)?>(?=[^<])                # and HTML
-    | \^\{?\\circ | (?<=[0-9]\ )degrees?\b                   # 140^\circ, 140 degrees
-    """,
-    re.VERBOSE,
-)
-OWN_LETTER = re.compile(r"\A\s*(?:\([A-Z]\)|[A-Z][.):])\s+(?=\S)")
-TOKEN = re.compile(
-    rf"""
-      (?:(?<!\w)-)?(?:[0-9]{{1,3}}(?:,[0-9]{{3}})+(?![0-9])(?:\.[0-9]+)?|[0-9]*\.?[0-9]+)(?:/[0-9]+)?
-    | (?:{"|".join(TENS)})-(?:{"|".join(UNITS)})\b
-    | [^\W\d_][^\W_]*  # a word
-    | [√^±≤≥]
-    | [.!?;\n]+        # the end of a sentence
-    """,
-    re.VERBOSE,
-)
-NAMED = " # "  # put where an option or a number was named
-
-
-def _words(text: str) -> str:
-    if len(text) > MAX_TEXT:
-        text = text[: MAX_TEXT // 2] + "\n" + text[-MAX_TEXT // 2 :]
-    text = ARTICLE.sub(" ", text.translate(FOLD)).lower().replace("n't", " not")
-    text = re.sub(r"\bno +(?=[^\W\d_])", "not ", text)  # "no chairs" is not the answer "no"
-    tokens = TOKEN.findall(NOISE.sub(" ", text))
-    canonical = {token: f" {_canonical(token)} " for token in set(tokens)}
-    return "".join([canonical[token] for token in tokens])
-
-
-def _canonical(token: str) -> str:
-    """One spelling for each number, and "." for the end of a sentence.
-
-    Digits stay text, as int() and float() have their limits.
-    """
-    if token[-1] in ".!?;\n":
-        return "."
-    token = str(VALUES.get(token, token))
-    if not _is_number(token):
-        return token
-    whole, _, decimals = token.lstrip("-").replace(",", "").partition(".")
-    whole, decimals = whole.lstrip("0") or "0", decimals.rstrip("0")
-    number = f"{whole}.{decimals}" if decimals else whole
-    return "-" + number if token[0] == "-" and number != "0" else number
-
-
-def _is_number(word: str) -> bool:
-    return word[-1] in "0123456789" and not word[0].isalpha()
-
-
-def _spoiled(words: str, spoilers: frozenset[str]) -> bool:
-    """Whether a sentence that names something also holds a word that may turn it round."""
-    return any(
-        NAMED in sentence and not spoilers.isdisjoint(sentence.split())
-        for sentence in words.split(" . ")
-    )
-
-
-FILLER = re.compile(r"\b(?:the|an?|final|answer|option|is|it)\b[\s:]+|\\(?:boxed|text)\b")
-
-
-def _spelling(text: str) -> str:
-    """Open answers that are no number ("red", "2√3") are compared with their symbols."""
-    text = FILLER.sub(" ", text.translate(FOLD).lower())
-    return "".join(text.split()).strip(".,:;!?'\"`*$()[]{}「」『』【】《》“”‘’«»、")
+NAMED = " # "  # replaces the name of an option in a text
+FILLER = re.compile(r" (?:a|final|answer|option|is|it|\.) ")
+# The letter in "A: cup", "a) cup", "(a) cup", "A.cup", "A - cup", and where the letter is all.
+OWN_LETTER = re.compile(r"\A\s*\(?([A-Za-z])(?:\s*[.):]\s*|\s+[-–]\s+|\s*$)")
 
 
 # --- self-reflection ------------------------------------------------------------------------------
 
-# What says that a response turns back on itself (the "aha moment" of arXiv 2503.05132): regular
-# expressions for whole words, in any case. Measured and reported, never rewarded.
+# Phrases with which a response turns back on itself (the "aha moment" of arXiv 2503.05132), as
+# regular expressions for whole words in any case. Their share is logged, never rewarded.
 REFLECTION_PHRASES = (
     r"wait(?! (?:for|at|in|on|to|until)\b)",  # not "people wait for a bus"
     r"hold on(?! to\b)",
@@ -285,5 +174,5 @@ _REFLECTION = re.compile(rf"\b(?:{'|'.join(REFLECTION_PHRASES)})(?!\w)")
 
 
 def reflects(completion: str) -> bool:
-    """Whether the completion holds one of `REFLECTION_PHRASES`."""
+    """Whether the completion contains one of `REFLECTION_PHRASES`."""
     return _REFLECTION.search(completion.lower()) is not None

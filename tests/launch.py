@@ -1,5 +1,6 @@
-"""Starting the stages as a user does, in processes of their own, on a tiny random model."""
+"""Start the stages as a user does, in processes of their own, on a tiny random model."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -9,11 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+from tiny import tiny_model
+
+from core.processes import launch as launch_stage
+from core.qwen import save_policy
+
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
 MANY_ENDS = list(range(100, 130))  # of 640 tokens: completions of very different lengths
 NOT_REPEATED = ("seconds/", "tokens_per_second")
-# rewards that a random model gets, a few updates that take no time
+# A reward that a random model earns, and a few updates that take no time.
 FLAGS = (
     "--rewards length --num_generations 4 --prompts_per_update 4 --max_completion_length 12 "
     "--learning_rate 1e-3 --eval_rows 4 --max_steps 6 --save_steps 2"
@@ -21,60 +27,71 @@ FLAGS = (
 
 
 def tiny_checkpoint(folder: Path) -> str:
-    from tiny import tiny_model
-
     model, processor = tiny_model("qwen2_vl")
     model.generation_config.eos_token_id = MANY_ENDS
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_policy(model, processor, folder)
     return str(folder)
 
 
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def metrics(folder: Path) -> list[dict]:
-    """The run's metrics, without those that no two runs share."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    """The run's metrics, without those that measure time and differ in every run."""
+    lines = read_lines(folder / "metrics.jsonl")
     return [{k: v for k, v in m.items() if not k.startswith(NOT_REPEATED)} for m in lines]
 
 
-def launch(*words, processes: int = 1, config: str = "ddp", script="grpo.py", **env) -> str:
-    """`accelerate launch` with a file of configs/; returns what it printed, and it must succeed."""
-    done = subprocess.run(
-        launch_command(*words, processes=processes, config=config, script=script),
-        cwd=ROOT, env=ENV | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+# --- several processes, by the launcher ----------------------------------------------------------
 
 
 def launch_command(*words, processes=1, config="ddp", script="grpo.py", more=()) -> list[str]:
+    """`accelerate launch` with a file of configs/."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch"]
     file = ["--config_file", f"configs/{config}.yaml", "--num_processes", str(processes), *more]
     return [*accelerate, *file, script, *map(str, words)]
 
 
-# --- single processes, forked from one that has done the imports ---------------------------------
+def start(*words, env: dict | None = None, **more) -> subprocess.Popen:
+    """A launched command in a session of its own, so that a test can send it Ctrl-C."""
+    return subprocess.Popen(
+        launch_command(*words, **more), cwd=ROOT, env=ENV | (env or {}), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def end(process: subprocess.Popen, timeout: float = 180) -> tuple[int, str, str]:
+    """Wait for a launched command: its exit code, stdout and stderr."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, out, err
+
+
+def launch(*words, **more) -> str:
+    """Launch a command that must succeed. Returns what it printed on stdout."""
+    code, out, err = end(start(*words, **more))
+    assert code == 0, out + err
+    return out
+
+
+# --- single processes, forked from one that has imported the stages ------------------------------
 
 
 def _stage(name: str, words: list[str], log: str, patch) -> None:
     """What `python <name>.py <words>` does, after `patch(stage)`."""
-    import importlib
-
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.argv = [f"{name}.py", *words]
     stage = importlib.import_module(name)
-    try:
-        if patch:
-            patch(stage)
-        stage.main()
-    except SystemExit:
-        raise
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        sys.exit(1)
+    if patch:
+        patch(stage)
+    launch_stage(stage.main)
 
 
 class Stage:
@@ -110,7 +127,7 @@ class Stage:
 
 
 def run(*words, output_dir: Path, **more) -> str:
-    """`python grpo.py …` to its end; returns what it printed, and it must succeed."""
+    """`python grpo.py …`, which must succeed. Returns what it printed."""
     code, output = Stage(*words, output_dir=output_dir, **more).wait()
     assert code == 0, output
     return output

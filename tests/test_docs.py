@@ -1,171 +1,170 @@
-"""What the documents say of the code is true: flags, names, files, links, diffs, numbers."""
+"""What the pages say about the code is true: links, files, names, flags, commands, tables."""
 
-import ast
 import dataclasses
 import importlib
+import json
 import re
-import shutil
-import subprocess
+import shlex
 from pathlib import Path
 
 import pytest
-import torch
+from launch import read_lines, run, tiny_checkpoint
 
-from eval_cvbench import EvalConfig
-from grpo import GRPOConfig, compute_advantages, grpo_loss
-from sft import SFTConfig
+import report
+from benchmarks import ablations
+from benchmarks.readme import TABLES
+from core.options import parse_options
+from eval_cvbench import EvalOptions
+from grpo import GRPOOptions
+from sft import SFTOptions
+from toy.world import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("benchmarks/*.md")]
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/*.py")]
-MODULES = {path.stem for path in ROOT.glob("*.py")}
-
-OTHER_FLAGS = {  # of accelerate launch, pip and git
-    *("--config_file", "--num_processes", "--num_machines", "--machine_rank", "--mixed_precision"),
-    *(
-        "--main_process_ip",
-        "--main_process_port",
-        "--requirement",
-        "--upgrade",
-        "--help",
-        "--quiet",
-    ),
-}
-WRITTEN = {  # by a run, an evaluation or the reader, so not in the repository
-    *("config.json", "metrics.jsonl", "rollouts.jsonl", "responses.jsonl", "scores.json"),
-    *("report.html", "report.png", "change.diff"),
-}
-
-pytestmark = pytest.mark.parametrize("doc", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "benchmarks" / "README.md"]
+STAGES = {"grpo": GRPOOptions, "sft": SFTOptions, "eval_cvbench": EvalOptions}
+WITH_COMMANDS = [*PAGES, *(ROOT / f"{stage}.py" for stage in (*STAGES, "report"))]
+SCRIPTS = [ROOT / "report.py", ROOT / "toy" / "base_model.py", *ROOT.glob("benchmarks/*.py")]
+OF_OTHER_TOOLS = set(  # accelerate launch, pip, git
+    "--config_file --num_processes --num_machines --machine_rank --main_process_ip "
+    "--main_process_port --mixed_precision --quiet --cpu --multi_gpu --requirement --help".split()
+)
+WRITTEN = set(  # by a run, an evaluation or the reader
+    "config.json metrics.jsonl rollouts.jsonl responses.jsonl scores.json eval_config.json "
+    "run_config.json report.html report.png mine.py run.yaml my.jsonl train.jsonl "
+    "test.jsonl".split()
+)
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def flags() -> set[str]:
-    configs = (GRPOConfig, SFTConfig, EvalConfig)
-    names = {f"--{field.name}" for config in configs for field in dataclasses.fields(config)}
-    scripts = [ROOT / "report.py", *ROOT.glob("benchmarks/*.py")]
-    for script in scripts:
-        names |= set(re.findall(r'add_argument\(\s*"(--\w+)"', script.read_text()))
-    return names | OTHER_FLAGS
+def without_code(page: Path, kind: str = "") -> str:
+    return re.sub(rf"^```{kind}.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
-def fenced(doc: Path, kind: str) -> list[str]:
-    return re.findall(rf"^```{kind}\n(.*?)^```", doc.read_text(), re.DOTALL | re.MULTILINE)
+def in_backticks(page: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", without_code(page))
 
 
-def prose(doc: Path) -> str:
-    return re.sub(r"^```.*?^```", "", doc.read_text(), flags=re.DOTALL | re.MULTILINE)
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def spans(doc: Path) -> list[str]:
-    """What stands in backticks."""
-    return re.findall(r"`([^`]+)`", prose(doc))
-
-
-def test_nothing_is_left_to_fill_in(doc):
-    assert re.findall(r"@@\w+@@", doc.read_text()) == []
-
-
-def test_every_flag_exists(doc):
-    text = re.sub(r"^```diff.*?^```", "", doc.read_text(), flags=re.DOTALL | re.MULTILINE)
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
-    assert {flag.replace("-", "_").replace("__", "--", 1) for flag in named} - flags() == set()
-
-
-def test_every_file_exists(doc):
-    suffixes = "py|md|json|jsonl|yaml|yml|toml|html|png|diff"
-    files = [s for s in spans(doc) if re.fullmatch(rf"[\w./-]+\.(?:{suffixes})", s)]
-    outputs = [s for s in files if s in WRITTEN or s.startswith(("outputs/", "path/to/"))]
-    here = {s for s in files if (ROOT / s).exists() or (doc.parent / s).exists()}
-    missing = [s for s in files if s not in outputs and s not in here]
-    assert missing == []
-
-
-def test_every_function_and_setting_exists(doc):
-    """`module.name`, and any name with an underscore, whether function, field or metric."""
-    source = " ".join(path.read_text() for path in SOURCES if path != Path(__file__))
-    words = set(re.findall(r"\w+", source))
-    missing = []
-    for span in spans(doc):
-        module, _, rest = span.partition(".")
-        if module in MODULES and re.fullmatch(r"\w+(\.\w+)*", rest) and rest != "py":
-            thing = importlib.import_module(module)
-            for name in rest.split("."):
-                thing = getattr(thing, name, None)
-            missing += [span] * (thing is None)
-        elif re.fullmatch(r"[A-Za-z]+(_\w+)+(\(\))?", span):
-            missing += [span] * (span.removesuffix("()") not in words)
-    assert missing == []
-
-
-def test_stated_line_counts_are_true(doc):
-    stated = re.findall(r"`([\w/]+\.\w+)` \((\d+) lines\)", doc.read_text())
-    counted = [(file, str(len((ROOT / file).read_text().splitlines()))) for file, _ in stated]
-    assert stated == counted
-
-
-def test_links_and_images_lead_somewhere(doc):
-    def anchors(path: Path) -> set[str]:
-        heads = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
-        return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
-
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(doc)):
-        file, _, anchor = target.partition("#")
-        if not re.match(r"https?:", target):
-            path = doc.parent / file if file else doc
+@each_page
+def test_links_and_pictures_lead_to_files_and_headings_that_exist(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page)):
+        if not target.startswith(("http:", "https:")):
+            file, _, anchor = target.partition("#")
+            path = page.parent / file if file else page
             assert path.exists(), target
             assert not anchor or anchor in anchors(path), target
 
 
-@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
-def test_every_diff_applies_to_the_source(doc, tmp_path):
-    for number, diff in enumerate(fenced(doc, "diff")):
-        copy = tmp_path / str(number)
-        copy.mkdir()
-        for path in ROOT.glob("*.py"):
-            shutil.copy(path, copy)
-        argv = ["git", "apply", "--verbose", "-"]
-        done = subprocess.run(argv, cwd=copy, input=diff, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        (changed,) = re.findall(r"^\+\+\+ b/(\S+)", diff, re.MULTILINE)
-        assert (copy / changed).read_text() != (ROOT / changed).read_text()
-        ast.parse((copy / changed).read_text())
+@each_page
+def test_files_that_are_named_exist(page):
+    file = re.compile(r"[\w./-]+\.(py|md|jsonl?|ya?ml|html|png|diff)")
+    files = [name for name in in_backticks(page) if file.fullmatch(name)]
+    ours = [n for n in files if n not in WRITTEN and not n.startswith(("outputs/", "path/to/"))]
+    places = (ROOT, page.parent, ROOT / "docs" / "diffs")
+    assert [name for name in ours if not any((place / name).exists() for place in places)] == []
 
 
-def table(doc: Path, head: str) -> list[list[str]]:
-    """The cells of the table with this first line, or nothing."""
-    lines = doc.read_text().splitlines()
-    rows = lines[lines.index(head) + 2 :] if head in lines else []
-    end = next((i for i, line in enumerate(rows) if not line.startswith("|")), len(rows))
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows[:end]]
+@each_page
+def test_functions_that_are_named_exist(page):
+    """`module.name` and `folder.module.name`, with or without brackets."""
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    modules |= {f"{p.parent.name}.{p.stem}" for p in ROOT.glob("*/*.py")}
+    for name in in_backticks(page):
+        module, _, attribute = name.removesuffix("()").rpartition(".")
+        if module in modules and re.fullmatch(r"\w+", attribute) and attribute != "py":
+            assert hasattr(importlib.import_module(module), attribute), name
 
 
-def test_the_worked_example_is_what_the_functions_give(doc):
-    group = table(doc, "| g | completion | accuracy | format | reward | advantage |")
-    if not group:
-        pytest.skip("no worked example here")
-    accuracy, form, rewards, stated = torch.tensor([[float(c) for c in row[2:]] for row in group]).T
-    assert torch.equal(rewards, accuracy + form)
-    advantages = compute_advantages(rewards[None])[0]
-    assert torch.allclose(advantages, stated, atol=1e-4)
+@each_page
+def test_flags_that_are_mentioned_exist(page):
+    fields = [field for options in STAGES.values() for field in dataclasses.fields(options)]
+    known = {f"--{field.name}" for field in fields} | OF_OTHER_TOOLS
+    for script in SCRIPTS:
+        known |= set(re.findall(r'add_argument\(\s*"(--\w+)"', script.read_text()))
+    mentioned = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", without_code(page, "diff")))
+    assert {"--" + flag.replace("-", "_") for flag in mentioned} - known == set()
 
-    tokens = table(doc, "| g | token | old_logp | logp | ratio | loss |")
-    pairs: dict[int, list[tuple[float, float]]] = {g: [] for g in range(1, len(group) + 1)}
-    for members, _, *numbers in tokens:
-        old, new, ratio, loss = map(float, numbers)
-        assert abs(ratio - torch.tensor(new - old).exp()) < 1e-3
-        for g in map(int, members.split()):
-            pairs[g].append((old, new))
-            one = torch.tensor([[old]]), torch.tensor([[new]]), advantages[g - 1 : g]
-            given, _ = grpo_loss(
-                one[1], one[0], None, one[2], torch.ones(1, 1), beta=0, epsilon=0.2
-            )
-            assert abs(given - loss) < 1.5e-3
-    old, new = torch.tensor(list(pairs.values())).unbind(-1)  # (G, 2) both
-    mask, text = torch.ones_like(old), " ".join(doc.read_text().split())
-    loss, stats = grpo_loss(new, old, None, advantages, mask, beta=0, epsilon=0.2)
-    with_kl, _ = grpo_loss(new, old, old, advantages, mask, beta=0.04, epsilon=0.2)
-    stopped = round(float(stats["clip_ratio"]) * mask.numel())
-    said = re.search(r"these sixteen tokens is \*\*(\S+)\*\*.* and the loss \*\*(\S+)\*\*", text)
-    assert torch.allclose(torch.stack([loss, with_kl]), torch.tensor([*map(float, said.groups())]),
-                          atol=2e-4)  # fmt: skip
-    assert f"stops the gradient of {stopped} of the {mask.numel()}" in text
+
+def commands(path: Path) -> list[str]:
+    """The lines of a page or of a stage's docstring that start a Python script."""
+    lines = re.sub(r"\\\n\s*", "", path.read_text()).splitlines()
+    start = re.compile(r"\s*([A-Z_]+=\S+ )*(accelerate launch|python) ")
+    return [line for line in lines if start.match(line)]
+
+
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_line_parses(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("seed: 1\n")
+    for line in commands(path):
+        words = shlex.split(line, comments=True)
+        script = next(i for i, word in enumerate(words) if re.search(r"\.py$|^-m$", word))
+        name, argv = Path(words[script]).stem, words[script + 1 :]
+        for word in argv:
+            if own := re.fullmatch(r"([\w/]+\.py):(\w+)", word):  # a reward of the reader's
+                (tmp_path / own[1]).parent.mkdir(exist_ok=True)
+                (tmp_path / own[1]).write_text(f"def {own[2]}(completion, row): return 0.0\n")
+        if "--config_file" in words[:script]:
+            assert (ROOT / words[words.index("--config_file") + 1]).exists(), line
+        if name in STAGES:
+            parse_options(STAGES[name], argv=argv)  # exits if something is wrong
+        elif name == "report":
+            with pytest.raises(SystemExit, match="has no metrics.jsonl"):
+                report.main(argv)
+        else:
+            assert words[script] == "-m" or (ROOT / words[script]).exists(), line
+
+
+@each_page
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    said = re.findall(r"(?:^|`)make ([a-z][\w-]*)", page.read_text(), re.MULTILINE)
+    assert set(said) <= targets
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1500
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_what_the_kept_results_give(name):
+    """A table without results is empty."""
+    try:
+        table = TABLES[name]()
+    except FileNotFoundError:
+        table = ""
+    pages = "".join(page.read_text() for page in PAGES)
+    found = re.findall(rf"<!-- {name} -->\n(.*?)\n?<!-- end -->", pages, re.DOTALL)
+    assert found and set(found) == {table}
+
+
+def test_the_ablations_page_is_what_the_kept_results_give():
+    results = json.loads((ablations.KEPT / "results.json").read_text())
+    page = (ROOT / "docs" / "ablations.md").read_text()
+    assert ablations.insert_results(page, results) == page
+    lessons = {name for name, row in ablations.ROWS.items() if "lesson" in row}
+    assert lessons <= results.keys()
+
+
+def test_every_metric_is_explained_and_every_explained_metric_is_written(tmp_path):
+    model, folder = tiny_checkpoint(tmp_path / "model"), tmp_path / "run"
+    flags = "--max_steps 1 --eval_steps 1 --eval_rows 8 --num_generations 2 --prompts_per_update 2"
+    run("--model", model, *flags.split(), "--max_completion_length", 8, output_dir=folder)
+    written = {name for line in read_lines(folder / "metrics.jsonl") for name in line} - {"step"}
+    of_a_task = {f"eval/{task}": "eval/<task>" for task in TASKS}
+    written = {re.sub("^rewards/.*", "rewards/<name>", of_a_task.get(n, n)) for n in written}
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    assert written == {name for row in rows for name in re.findall("`(.*?)`", row)}
+
+
+def test_no_file_names_a_path_of_the_machine_it_was_written_on():
+    kinds = {".py", ".md", ".yaml", ".yml", ".json", ".jsonl", ".ipynb", ".toml", ".html"}
+    files = [*ROOT.glob("*.*"), *ROOT.glob("[!.o]*/**/*.*")]  # not .venv, .git and outputs
+    files = [path for path in files if path.suffix in kinds]
+    assert len(files) > 50
+    absolute = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|Users|mnt|opt)/")
+    assert [p.name for p in files if absolute.search(p.read_text(errors="ignore"))] == []

@@ -1,4 +1,4 @@
-"""Rewards against responses of every kind seen in the field, with values decided by hand."""
+"""Rewards against answers of every kind that models give, with values decided by hand."""
 
 import random
 import time
@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 
 import rewards
+from core.values import words
 from rewards import (
     REWARDS,
     accuracy_reward,
@@ -14,10 +15,9 @@ from rewards import (
     format_reward,
     is_correct,
     length_reward,
-    lenient_answer,
     reflects,
-    stated_number,
     stated_option,
+    stated_value,
 )
 
 SIDE = {"options": ["right", "left"], "answer": "left"}
@@ -39,14 +39,22 @@ STOP = {"options": ["It moved. Then it stopped.", "It is 3 p.m."], "answer": "(A
 LETTERED = {"options": ["(A) left", "(B) right"], "answer": "(A)"}
 CLOSER = {"options": ["(A) is closer", "(B) is closer"], "answer": "(B)"}
 DEGREES = {"options": ["30 degrees", "60 degrees"], "answer": "60 degrees"}
-ANGLE = {"options": [], "answer": "140°"}
+NUMBERED = {"options": ["A. 3", "B. 2"], "answer": "A"}
+REORDERED = {"options": ["B: plate", "A: cup"], "answer": "B"}
+AXES = {"options": ["x-axis", "y-axis"], "answer": "y-axis"}
+CLOCK = {"options": ["7 a.m.", "7 p.m."], "answer": "7 p.m."}
+UNITS = {"options": ["5 m", "5 cm"], "answer": "5 m"}
+LENGTHS = {"options": ["5 m", "6 m"], "answer": "5 m"}
+SHARES = {"options": ["1/2", "1/4", "2"], "answer": "1/2"}
+ROOTS = {"options": ["2√3", "√3", "3"], "answer": "2√3"}
+CUBES = {"options": ["3 red cubes", "3 blue cubes"], "answer": "3 red cubes"}
+BOTH = {"options": ["Both A and B", "None of the above", "red"], "answer": "None of the above"}
+ZUO = {"options": ["左边", "右边"], "answer": "左边"}
+SHI = {"options": ["是", "不是"], "answer": "不是"}
 THREE = {"options": [], "answer": "3"}
-THOUSAND = {"options": [], "answer": "1000"}
-BELOW_ZERO = {"options": [], "answer": "-5"}
-ROOT = {"options": [], "answer": "2√3"}
 COLOUR = {"options": [], "answer": "red"}
 
-# What stands inside the answer tag, and whether it is right.
+# Row, whether the answer is right, and what stands inside the answer tag.
 # fmt: off
 ANSWERS = [
     # letters
@@ -126,20 +134,33 @@ ANSWERS = [
     (CLOSER, 0, "A is closer", "is closer", "A"),
     (DEGREES, 1, "60", "60°", "60 degrees", "sixty", "60.0", "B"),
     (DEGREES, 0, "30°", "6", "60 or 30", "degrees"),
-    # open questions: numbers by value, the rest by spelling
-    (ANGLE, 1, "140", "140°", "140.0", "140 degrees", "140º", r"140^\circ", r"$140^{\circ}$"),
-    (ANGLE, 1, "x = 140", "∠ABC = 140°", "The answer is 140.", "１４０"),
-    (ANGLE, 0, "14", "-140", "1400", "140.5", "140 or 40", "180 - 40 = 140", "not 140", "(A)", ""),
-    (THREE, 1, "3", "three", "3 chairs", "3.000", "There are three."),
-    (THREE, 0, "3 or 4", "√3", "3π", "minus three", "33", "3 million", "C", "3²"),
-    (THOUSAND, 1, "1000", "1,000", "1000.0", "１，０００", "a thousand", "$1,000$"),
-    (THOUSAND, 0, "1.000", "1,00", "1 000", "10,00", "1,000,000", "2 thousand", "1"),
-    (BELOW_ZERO, 1, "-5", "−5", "–5", "-5.0", "$-5$", "x=-5"),
-    (BELOW_ZERO, 0, "5", "- 6", "10-5", "five"),
-    (ROOT, 1, "2√3", "2 √3", "$2√3$", "(2√3)", "The answer is 2√3."),
-    (ROOT, 0, "2", "3", "23", "2√3 or 3√2", "√3"),
-    (COLOUR, 1, "red", "Red.", "the red", "The answer is: **red**.", r"\boxed{red}", "it is red"),
-    (COLOUR, 0, "not red", "red and blue", "blue", "", "infrared", "the"),
+    # options with a letter of their own, in any style and order
+    (NUMBERED, 1, "3", "A", "three", "A. 3", "A: 3", "A 3", "A-3", "3."),
+    (NUMBERED, 0, "2", "B", "B. 3", "A. 2", "3 or 2"),
+    (REORDERED, 1, "B", "plate", "b: plate", "(B)", "B) plate", "B - plate"),
+    (REORDERED, 0, "A", "cup", "(A) plate", "B: cup", "C"),
+    (AXES, 1, "y-axis", "y axis", "B"),
+    (AXES, 0, "x-axis", "A", "y", "axis"),
+    (BOTH, 1, "None of the above", "none of the above.", "B"),
+    (BOTH, 0, "Both A and B", "A", "A and B", "red", "not none of the above"),
+    # options that are values, compared by value and unit
+    (CLOCK, 1, "7 p.m.", "7 pm", "7pm", "B", "It is 7 p.m."),
+    (CLOCK, 0, "7 a.m.", "7 am", "7", "A", "7 am or 7 pm"),
+    (UNITS, 1, "5m", "5 m", "5 meters", "A", "(A) 5", "A. 5 m", "five metres"),
+    (UNITS, 0, "5cm", "5", "B", "(B) 5m", "5 m or 5 cm", "5 km"),
+    (LENGTHS, 1, "5", "5m", "five", "5.0 m", "It is 5 m long."),
+    (LENGTHS, 0, "6", "5 cm", "5 m/s", "5 m^2", "5 m or 6 m"),
+    (SHARES, 1, "0.5", r"\frac{1}{2}", "½", "A", "(A) 1/2", "A. 0.5", "50%"),
+    (SHARES, 0, "1/4", "1", "2", "0.25", "1/2 or 1/4", "4", "B"),
+    (ROOTS, 1, r"2\sqrt{3}", "2√{3}", "3.46410161514", "A"),
+    (ROOTS, 0, "√3", "3", "2", "√3 or 2√3", "3.46"),
+    (CUBES, 1, "3 red cubes", "three red cubes.", "A"),
+    (CUBES, 0, "3", "3 blue cubes", "3 cubes", "B"),
+    # scripts without spaces
+    (ZUO, 1, "答案是左边", "左边", "左边。", "选A", "A", "答案：A", "选择A", "「左边」"),
+    (ZUO, 0, "答案是右边", "选B", "不是左边", "左边和右边", "A或B", "左", "选A右边"),
+    (SHI, 1, "不是", "B"),
+    (SHI, 0, "是", "A"),
 ]
 # fmt: on
 ANSWERS = [(row, right, text) for row, right, *texts in ANSWERS for text in texts]
@@ -151,109 +172,100 @@ def test_a_tagged_answer_is_right_if_and_only_if_it_names_the_right_option_alone
     assert is_correct(text.strip(), row) == bool(right)
 
 
-RIGHT, WRONG = "left", "right"
+# Completions for SIDE by their accuracy and format rewards.
 LONG = "left " * 10_000
-# response to SIDE, accuracy, format, lenient answer
-RESPONSES = [
-    ("<think>look</think><answer>left</answer>", 1, 1, RIGHT),
-    ("look</think><answer>left</answer>", 1, 1, RIGHT),
-    ("look</think>\n\n<answer>\nleft\n</answer>\n", 1, 1, RIGHT),
-    (" \n<think>\nline\nline\n</think> <answer>(B)\n left</answer> ", 1, 1, "(B)\n left"),
-    ("<think></think><answer>left</answer>", 1, 1, RIGHT),
-    ("</think><answer>left</answer>", 1, 1, RIGHT),
-    ("look</think><answer>right</answer>", 0, 1, WRONG),
-    ("look</think><answer>no idea</answer>", 0, 1, "no idea"),
-    ("1 < 2</think><answer>left</answer>", 1, 1, RIGHT),
-    # something missing
-    ("<answer>left</answer>", 1, 0, RIGHT),
-    ("<think>look<answer>left</answer>", 1, 0, RIGHT),
-    ("look <answer>left</answer></think>", 1, 0, RIGHT),
-    ("<think>look</think>", 0, 0, None),
-    ("look</think> left", 0, 0, RIGHT),
-    ("look</think><answer>left", 0, 0, RIGHT),
-    ("look</think>left</answer>", 0, 0, RIGHT),
-    ("look</think></answer>left<answer>", 0, 0, RIGHT),
-    ("look</think><answer>left<answer>", 0, 0, RIGHT),
-    ("look</think><answer>left</ answer>", 0, 0, RIGHT),
-    # empty
-    ("", 0, 0, None),
-    (" \n", 0, 0, None),
-    ("look</think><answer></answer>", 0, 0, ""),
-    ("look</think><answer> \n </answer>", 0, 0, ""),
-    ("left</think><answer></answer>", 0, 0, ""),
-    # too much
-    ("look</think><answer>left</answer> so left", 1, 0, RIGHT),
-    ("look</think> so <answer>left</answer>", 1, 0, RIGHT),
-    ("well <think>look</think><answer>left</answer>", 1, 0, RIGHT),
-    ("<think>a</think><think>b</think><answer>left</answer>", 1, 0, RIGHT),
-    ("<think><think>b</think></think><answer>left</answer>", 1, 0, RIGHT),
-    ("<think>b</think></think><answer>left</answer>", 1, 0, RIGHT),
-    ("<answer>left</answer><think>look</think>", 1, 0, RIGHT),
-    ("look</think><answer>left</answer><answer>left</answer>", 1, 0, RIGHT),
-    ("look</think><answer><think>left</think></answer>", 1, 0, "<think>left</think>"),
-    # several answers: the last well-formed one counts
-    ("a</think><answer>right</answer><answer>left</answer>", 1, 0, RIGHT),
-    ("a</think><answer>left</answer><answer>right</answer>", 0, 0, WRONG),
-    ("maybe <answer>right</answer></think><answer>left</answer>", 1, 0, RIGHT),
-    ("a</think><answer>left</answer><answer>right", 1, 0, RIGHT),
-    ("a</think><answer>left</answer> right</answer>", 1, 0, RIGHT),
-    ("a</think><answer>right<answer>left</answer></answer>", 1, 0, RIGHT),
-    ("a</think><answer><answer>left</answer>", 1, 0, RIGHT),
-    ("</answer><answer>left</answer>", 1, 0, RIGHT),
-    ("a</think><answer>left</answer><answer></answer>", 0, 0, ""),
-    # no tag: only what is stated alone counts, and only leniently
-    ("left", 0, 0, RIGHT),
-    ("Right.", 0, 0, WRONG),
-    ("(B)", 0, 0, RIGHT),
-    ("The answer is (B) left.", 0, 0, RIGHT),
-    (r"The answer is \boxed{left}.", 0, 0, RIGHT),
-    ("The answer is 「left」。", 0, 0, RIGHT),
-    ("I do not know the colours. It is left.", 0, 0, RIGHT),
-    ("left or right", 0, 0, None),
-    ("(A) right\n(B) left", 0, 0, None),
-    ("(A) left", 0, 0, None),
-    ("It is not left.", 0, 0, None),
-    ("I see a dog and a cat.", 0, 0, None),
-    ("This is a 3D image, e.g. of a 'dog' and a **cat**.", 0, 0, None),
-    ("It shows a cat, I'd say. There is a", 0, 0, None),
-    ("<p>An image.</p> <a href='b'>c'est d'accord</a>", 0, 0, None),
-    ("<think>left or right? The cat is right there", 0, 0, None),
-    ("<think>left or right?</think> It is left.", 0, 0, RIGHT),
-    ("<think>It is left.</think>\n", 0, 0, RIGHT),
-    # repetition
-    (LONG, 0, 0, RIGHT),
-    ("right " + LONG, 0, 0, None),
-    (LONG + "right", 0, 0, None),
-    (f"<answer>{LONG}</answer>", 0, 0, LONG.strip()),
-    (f"{LONG}</think><answer>left</answer>", 1, 1, RIGHT),
-    ("<answer>left</answer>" * 10_000, 1, 0, RIGHT),
-]
-
-
-@pytest.mark.parametrize("completion, accuracy, form, lenient", RESPONSES)
-def test_a_response_scores_as_decided_by_hand(completion, accuracy, form, lenient):
-    assert accuracy_reward(completion, SIDE) == accuracy
-    assert format_reward(completion, SIDE) == form
-    assert lenient_answer(completion, SIDE) == lenient
+# fmt: off
+COMPLETIONS = {
+    (1, 1): [
+        "<think>look</think><answer>left</answer>", "look</think><answer>left</answer>",
+        "look</think>\n\n<answer>\nleft\n</answer>\n", "</think><answer>left</answer>",
+        " \n<think>\nline\nline\n</think> <answer>(B)\n left</answer> ",
+        "<think></think><answer>left</answer>", "1 < 2</think><answer>left</answer>",
+        f"{LONG}</think><answer>left</answer>",
+    ],
+    (0, 1): ["look</think><answer>right</answer>", "look</think><answer>no idea</answer>"],
+    (1, 0): [
+        # something is missing
+        "<answer>left</answer>", "<think>look<answer>left</answer>",
+        "look <answer>left</answer></think>",
+        # something is too much
+        "look</think><answer>left</answer> so left", "look</think> so <answer>left</answer>",
+        "well <think>look</think><answer>left</answer>",
+        "<think>a</think><think>b</think><answer>left</answer>",
+        "<think><think>b</think></think><answer>left</answer>",
+        "<think>b</think></think><answer>left</answer>",
+        "<answer>left</answer><think>look</think>",
+        "look</think><answer>left</answer><answer>left</answer>",
+        "look</think><answer><think>left</think></answer>",
+        # several answers: the last well-formed one counts
+        "a</think><answer>right</answer><answer>left</answer>",
+        "maybe <answer>right</answer></think><answer>left</answer>",
+        "a</think><answer>left</answer><answer>right",
+        "a</think><answer>left</answer> right</answer>",
+        "a</think><answer>right<answer>left</answer></answer>",
+        "a</think><answer><answer>left</answer>", "</answer><answer>left</answer>",
+        "<answer>left</answer>" * 10_000,
+    ],
+    (0, 0): [
+        "a</think><answer>left</answer><answer>right</answer>",
+        "a</think><answer>left</answer><answer></answer>", f"<answer>{LONG}</answer>",
+        # empty, or no tag
+        "", " \n", "look</think><answer></answer>", "look</think><answer> \n </answer>",
+        "left</think><answer></answer>", "<think>look</think>", "look</think> left",
+        "look</think><answer>left", "look</think>left</answer>", "left",
+        "look</think></answer>left<answer>", "look</think><answer>left<answer>",
+        "look</think><answer>left</ answer>", "The answer is (B) left.", LONG,
+    ],
+}
+# What stands without a tag, and the option of SIDE that it states.
+FREE = {
+    "left": [
+        "left", "(B)", "The answer is (B) left.", r"The answer is \boxed{left}.", LONG,
+        "The answer is 「left」。", "I do not know the colours. It is left.", "It is left.\n",
+    ],
+    "right": ["Right."],
+    None: [
+        "", " \n", "look", "left or right", "(A) right\n(B) left", "(A) left", "It is not left.",
+        "I see a dog and a cat.", "This is a 3D image, e.g. of a 'dog' and a **cat**.",
+        "It shows a cat, I'd say. There is a", "left or right? The cat is right there",
+        "<p>An image.</p> <a href='b'>c'est d'accord</a>", "right " + LONG, LONG + "right",
+    ],
+}
+# fmt: on
 
 
 @pytest.mark.parametrize(
-    "completion, row, lenient",
-    [
-        ("There are 3 dogs.", THREE, "3"),
-        ("<think>2 and 1</think> Three.", THREE, "3"),
-        ("3 dogs and 2 cats", THREE, None),
-        ("No dogs", THREE, None),
-        ("There are 3 dogs.", COUNT, "3"),
-        ("There are 3 dogs and 5 cats.", COUNT, None),
-        ("There are 7 dogs.", COUNT, None),
-        ("The red square.", SQUARE, "red square"),
-        ("Point B", POINT, "B is closer"),
-    ],
+    "accuracy, form, completion",
+    [(*key, text) for key, texts in COMPLETIONS.items() for text in texts],
 )
-def test_without_a_tag_the_only_thing_stated_is_the_lenient_answer(completion, row, lenient):
-    assert accuracy_reward(completion, row) == 0
-    assert lenient_answer(completion, row) == lenient
+def test_a_completion_scores_as_decided_by_hand(accuracy, form, completion):
+    assert accuracy_reward(completion, SIDE) == accuracy
+    assert format_reward(completion, SIDE) == form
+
+
+@pytest.mark.parametrize("option, text", [(o, text) for o, texts in FREE.items() for text in texts])
+def test_a_free_text_states_an_option_only_if_it_names_no_other(option, text):
+    index = stated_option(text, SIDE["options"])
+    assert (None if index is None else SIDE["options"][index]) == option
+
+
+def test_numbers_and_longer_names_decide_in_free_text_too():
+    assert stated_option("There are 3 dogs.", COUNT["options"]) == 0
+    assert stated_option("There are 3 dogs and 5 cats.", COUNT["options"]) is None
+    assert stated_option("There are 7 dogs.", COUNT["options"]) is None
+    assert stated_option("The red square.", SQUARE["options"]) == 0
+    assert stated_option("Point B", POINT["options"]) == 1
+
+
+def test_an_option_is_named_by_its_own_letter_in_any_style():
+    for style in ("{}: ", "{}) ", "({}) ", "{}.", "{}. ", "{} - ", "{} – "):
+        for letters in ("AB", "BA", "ab", "CA"):
+            options = [style.format(x) + o for x, o in zip(letters, ("cup", "plate"), strict=True)]
+            for i, letter in enumerate(letters):
+                own, other = ("cup", "plate") if i == 0 else ("plate", "cup")
+                texts = (letter, f"({letter})", own, options[i], f"{letter}: {own}")
+                assert [stated_option(text, options) for text in texts] == [i] * 5
+                assert stated_option(f"{letter}) {other}", options) is None
 
 
 def test_the_content_of_the_last_well_formed_answer_is_extracted():
@@ -274,14 +286,8 @@ def test_whatever_the_options_each_is_named_by_its_text_its_letter_and_both():
     for row in (SIDE, SIDES, COUNT, TEN, DEPTH, SQUARE, POINT, NO, FALSE, STILL, COMMA):
         for i, option in enumerate(row["options"]):
             letter = "ABCD"[i]
-            for said in (
-                option,
-                option.upper(),
-                f"{option}.",
-                f"({letter})",
-                f"{letter}) {option}",
-            ):
-                assert stated_option(said, row["options"]) == i, said
+            texts = (option, option.upper(), f"{option}.", f"({letter})", f"{letter}) {option}")
+            assert [stated_option(text, row["options"]) for text in texts] == [i] * 5
 
 
 def test_no_option_is_stated_where_two_are_or_letter_and_text_disagree():
@@ -292,22 +298,6 @@ def test_no_option_is_stated_where_two_are_or_letter_and_text_disagree():
                 assert stated_option(f"{one} or {other}", options) is None
                 assert stated_option(f"({'ABCD'[i]}) {other}", options) is None
         assert stated_option(", ".join(options), options) is None
-
-
-def test_a_number_is_stated_by_its_value():
-    assert stated_number("about 1,250.50 m") == "1250.5"
-    assert stated_number("-0.0") == "0" and stated_number(".5") == "0.5"
-    assert stated_number("Forty-two!") == "42" and stated_number("twelve") == "12"
-    assert stated_number("1 and 1.0 and one") == "1"
-    assert stated_number("none") is stated_number("1 2") is stated_number("b2") is None
-
-
-def test_numbers_beyond_every_numeric_type_are_compared_digit_by_digit():
-    row = {"options": [], "answer": "9" * 150}
-    assert is_correct("9" * 150 + ".0", row) and not is_correct("9" * 149 + "8", row)
-    assert accuracy_reward(f"<answer>{'9' * 100_000}</answer>", row) == 0
-    assert accuracy_reward("<answer>1e999</answer>", row) == 0
-    assert accuracy_reward("<answer>inf</answer>", row) == 0
 
 
 def test_an_essay_is_no_answer_but_a_long_option_is():
@@ -375,101 +365,54 @@ def hard_texts(length=100_000):
 
 
 @pytest.mark.parametrize("text", hard_texts(), ids=lambda text: ascii(text[:12]))
-def test_a_hundred_thousand_hard_characters_score_in_under_50_ms(text):
-    options = "left right upper·left red·square square a 10 no on·the·red it".split()
-    options = [option.replace("·", " ") for option in options] + list(map(str, range(16)))
-    row, open_row = {"options": options, "answer": "left"}, {"options": [], "answer": "3"}
-    calls = [
-        lambda text: [reward(text, row) for reward in REWARDS.values()],
+def test_a_hundred_thousand_hard_characters_score_in_linear_time(text):
+    options = ["left", "right", "upper left", "red square", "a", "no", "on the red", "it"]
+    row, open_row = {"options": [*options, *"0123"], "answer": "left"}, THREE
+    functions = [
+        *(lambda text, reward=reward: reward(text, row) for reward in REWARDS.values()),
         lambda text: accuracy_reward(text, open_row),
-        lambda text: lenient_answer(text, row),
-        lambda text: lenient_answer(text, open_row),
-        lambda text: stated_option(text, options),
-        lambda text: stated_number(text),
-        lambda text: is_correct(text, row),
-        lambda text: extract_answer(text),
-        lambda text: reflects(text),
+        lambda text: stated_option(text, row["options"]),
+        stated_value,
+        reflects,
     ]
-    for call in calls:
-        for wrapped in (text, f"<answer>{text}</answer>"):
-            fastest = float("inf")
-            for _ in range(3):
-                start = time.process_time()  # other processes may be busy
-                call(wrapped)
-                fastest = min(fastest, time.process_time() - start)
-                if fastest < 0.05:
-                    break
-            assert fastest < 0.05
-
-
-def random_rows(number, seed=0):
-    rng = random.Random(seed)
-    kinds = [["left", "right"], ["above", "below"], ["0", "1", "2", "3"], ["a dog", "a cat"]]
-    for _ in range(number):
-        options = rng.sample(kind := rng.choice(kinds), len(kind))
-        index = rng.randrange(len(options))
-        yield (
-            {"options": options, "answer": rng.choice([options[index], f"({'ABCD'[index]})"])},
-            index,
-        )
+    for function, scored in product(functions, (text, f"<answer>{text}</answer>")):
+        words.cache_clear()
+        start = time.process_time()  # other processes may be busy
+        function(scored)
+        assert time.process_time() - start < 0.3  # 0.05 is usual; one quadratic step takes seconds
 
 
 def test_a_perfect_responder_scores_one_and_a_random_one_chance():
     rng = random.Random(1)
-    perfect, chance, luck = [], [], []
-    for row, index in random_rows(2000):
-        options = row["options"]
-        said = rng.randrange(len(options))
-        letter, text = "ABCD"[said], options[said]
+    kinds = [["left", "right"], ["above", "below"], ["0", "1", "2", "3"], ["a dog", "a cat"]]
+    perfect, lucky, chance = 0, 0, 0
+    for _ in range(2000):
+        options = rng.sample(kind := rng.choice(kinds), len(kind))
+        right, said = rng.randrange(len(options)), rng.randrange(len(options))
+        row = {"options": options, "answer": rng.choice([options[right], f"({'ABCD'[right]})"])}
         style = rng.choice(["({0})", "{0}", "{1}", "({0}) {1}", "{0}: {1}.", "The answer is {1}."])
-        perfect.append(accuracy_reward(f"x</think><answer>{options[index]}</answer>", row))
-        luck.append(accuracy_reward(f"x</think><answer>{style.format(letter, text)}</answer>", row))
-        chance.append(1 / len(options))
-    assert sum(perfect) == 2000
-    assert sum(luck) / 2000 == pytest.approx(sum(chance) / 2000, abs=0.035)  # 3 standard errors
+        answer = style.format("ABCD"[said], options[said])
+        perfect += accuracy_reward(f"x</think><answer>{options[right]}</answer>", row)
+        lucky += accuracy_reward(f"x</think><answer>{answer}</answer>", row)
+        chance += 1 / len(options)
+    assert perfect == 2000
+    assert lucky / 2000 == pytest.approx(chance / 2000, abs=0.035)  # 3 standard errors
 
 
 def test_random_texts_raise_nothing_and_tagging_an_answer_twice_changes_nothing():
     rng = random.Random(2)
-    pieces = [
-        "<answer>",
-        "</answer>",
-        "<think>",
-        "</think>",
-        "left",
-        "right",
-        "(A)",
-        "B",
-        "a ",
-        "not ",
-    ]
-    pieces += [
-        "3",
-        "1,000",
-        "-",
-        ".",
-        " ",
-        "\n",
-        "√",
-        "½",
-        "「",
-        "'",
-        "\\boxed{",
-        "}",
-        "upper ",
-        "no ",
-    ]
-    for _ in range(2000):
-        text = "".join(rng.choices(pieces, k=rng.randrange(12)))
+    pieces = ["<answer>", "</answer>", "<think>", "</think>", "\n", "\\boxed{", "upper ", "a "]
+    pieces += "left right (A) B 3 1,000 - . √ ½ 「 ' } ^ / \\frac{ ( * π % not no".split()
+    for _ in range(1000):
+        text = "".join(rng.choices([*pieces, " "], k=rng.randrange(12)))
         for row in (SIDES, COUNT, NO, THREE, COLOUR):
-            right = accuracy_reward(text, row)
-            assert right in (0.0, 1.0) and format_reward(text, row) in (0.0, 1.0)
-            answer = extract_answer(text)
+            right, answer = accuracy_reward(text, row), extract_answer(text)
             assert right == float(answer is not None and is_correct(answer, row))
+            assert format_reward(text, row) in (0.0, 1.0)
             if answer is not None:
                 again = f"{text}<answer>{answer}</answer>"
                 assert accuracy_reward(again, row) == right and format_reward(again, row) == 0
-            assert lenient_answer(text, row) is None or isinstance(lenient_answer(text, row), str)
+        assert isinstance(stated_value(text), str | None)
 
 
 def test_every_reflection_phrase_is_a_whole_word_expression_of_its_own():

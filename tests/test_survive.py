@@ -1,28 +1,26 @@
-"""What a run survives: kills, signals, full disks, numbers that are not finite, hostile rows.
+"""What a run survives: kills, signals, failed writes, numbers that are not finite, bad rows.
 
-Every run here is a process of its own on a tiny random model. "Equal" leaves out only the metrics
+Every run is a process of its own on a tiny random model. Runs are compared without the metrics
 that measure time.
 """
 
-import io
 import json
+import math
 import os
 import random
+import resource
 import shutil
 import signal
-import struct
-import subprocess
-import sys
 import time
-import zlib
+from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
-from launch import ENV, FLAGS, ROOT, Stage, launch_command, metrics, run, tiny_checkpoint
+from launch import FLAGS, MANY_ENDS, Stage, metrics, read_lines, run, tiny_checkpoint
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
+
+import core.checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +49,26 @@ def steps_of(folder: Path) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
 
 
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
 def assert_equal_runs(one: Path, other: Path) -> None:
     assert metrics(one) == metrics(other)
     assert (one / "rollouts.jsonl").read_text() == (other / "rollouts.jsonl").read_text()
-    weights = [(folder / "final" / "model.safetensors").read_bytes() for folder in (one, other)]
-    assert weights[0] == weights[1]
+    for name in ("final", "best"):
+        assert weights(one / name) == weights(other / name)
 
 
-def assert_fails(stage: Stage, code: int = 1) -> str:
-    """The one line that the failing run ends with, instead of a traceback."""
-    exit_code, output = stage.wait()
-    assert exit_code == code and "Traceback" not in output, output
-    assert output.count("error:") == 1, output
-    return next(line for line in output.splitlines() if "error:" in line)
+def assert_fails(stage: Stage) -> str:
+    """The one line that a run ends with after a UserError."""
+    code, output = stage.wait()
+    assert code == 1 and "Traceback" not in output and output.count(".py: error: ") == 1, output
+    return next(line for line in output.splitlines() if ".py: error: " in line)
 
 
 def slow(stage) -> None:
-    """A patch of the stage: updates and saving that take long enough to be interrupted."""
+    """Patch a stage so that updates and saves take long enough to be interrupted."""
 
     def slowed(function, seconds: float):
         def wrapped(*args, **kwargs):
@@ -76,77 +77,85 @@ def slow(stage) -> None:
 
         return wrapped
 
-    stage.update, module = slowed(stage.update, 0.05), sys.modules["run"]
-    module.save_policy, module.verify = slowed(module.save_policy, 0.2), slowed(module.verify, 0.2)
+    stage.compute_gradients = slowed(stage.compute_gradients, 0.05)
+    core.checkpoint.save_policy = slowed(core.checkpoint.save_policy, 0.3)
+
+
+def before_third_update(fault, stage) -> None:
+    """Patch a stage so that `fault(policy, batches)` is called before the third update."""
+    compute, calls = stage.compute_gradients, []
+
+    def faulty(policy, batches, *rest):
+        calls.append(1)
+        if len(calls) == 3:
+            fault(policy, batches)
+        return compute(policy, batches, *rest)
+
+    stage.compute_gradients = faulty
 
 
 # --- killed, and resumed -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize(
+    "moment", ["update 1", "update 4", ".checkpoint-4.partial", ".final.partial"]
+)
 def test_kill_9_at_a_random_moment_then_resume_equals_the_uninterrupted_run(
-    number, model, whole, tmp_path
+    moment, model, whole, tmp_path
 ):
-    chance, folder = random.Random(number), tmp_path / "run"
+    folder = tmp_path / "run"
     stage = start(model, folder, patch=slow)
-    update, writing = chance.randint(0, 5), number % 2
-    if writing:  # while a checkpoint, or the final model, is being written
-        name = f".{chance.choice(['checkpoint-2', 'checkpoint-4', 'final'])}.partial"
-        stage.wait_until((folder / name).exists)
-        time.sleep(chance.random() * 0.1)
-    else:
-        stage.wait_until(lambda: lines(folder) >= update)
-        time.sleep(chance.random() * 0.1)
+    if moment.startswith("update"):  # between two checkpoints, or just as one begins
+        stage.wait_until(lambda: lines(folder) >= int(moment.split()[1]))
+    else:  # while a checkpoint or the final model is being written
+        stage.wait_until((folder / moment).exists)
+    time.sleep(random.random() * 0.1)
     stage.kill()
     assert stage.wait()[0] == -signal.SIGKILL
     saved = steps_of(folder)
 
-    # the same command: it may have been killed before it had written down its settings
+    # the whole command again: it may have been killed before it wrote config.json
     output = run("--model", model, *FLAGS, "--resume", output_dir=folder)
     if saved:
         assert f"resuming from {folder / f'checkpoint-{saved[-1]}'}\n" in output
     else:
-        assert "no checkpoint to resume from" in output
+        assert f"no checkpoint in {folder}: starting anew" in output
     assert_equal_runs(folder, whole)
     assert not [path for path in folder.rglob("*") if "partial" in path.name]
-    assert steps_of(folder) == [2, 4]
+    assert steps_of(folder) == [4, 6]
 
 
 VARIANTS = {
-    "several updates per rollout": ("--num_iterations", 2, "--save_steps", 3, "--beta", 0.1),
-    "dynamic sampling": ("--dynamic_sampling", "--rewards", "format", "length"),
-    "supervised": (),
+    "several updates per rollout": ("grpo", [*FLAGS, "--num_iterations", 2, "--beta", 0.1]),
+    "supervised": ("sft", [*FLAGS[6:], "--rows_per_update", 4]),
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sigterm_finishes_the_update_and_saves_and_resuming_is_exact(variant, model, tmp_path):
-    words, more = ["--model", model, *FLAGS, *VARIANTS[variant]], {}
-    if variant == "supervised":
-        words, more = ["--model", model, *FLAGS[8:], "--rows_per_update", 4], {"stage": "sft"}
-    run(*words, output_dir=tmp_path / "whole", **more)
-    folder = tmp_path / "run"
-    stage = Stage(*words, output_dir=folder, patch=slow, **more)
-    stage.wait_until(lambda: lines(folder) >= 2)
-    stage.kill(signal.SIGTERM)
-    code, output = stage.wait()
+    stage, words = VARIANTS[variant]
+    words, folder = ["--model", model, *words], tmp_path / "run"
+    run(*words, output_dir=tmp_path / "whole", stage=stage)
+    stopped = Stage(*words, output_dir=folder, stage=stage, patch=slow)
+    stopped.wait_until(lambda: lines(folder) >= 2)
+    stopped.kill(signal.SIGTERM)
+    code, output = stopped.wait()
     done = lines(folder) - 1
     assert code == 128 + signal.SIGTERM and "finishing this update" in output
-    assert f"stopped after update {done}; " in output
-    assert f"--resume --output_dir {folder} goes on from checkpoint-{done}" in output
+    assert f"stopped after update {done}; {stage}.py --resume --output_dir {folder}" in output
     assert steps_of(folder)[-1] == done < 6
+    assert done % 2 == 0 or stage == "sft", "between two rollouts"
 
-    run("--resume", output_dir=folder, **more)
+    run("--resume", output_dir=folder, stage=stage)
     assert_equal_runs(folder, tmp_path / "whole")
 
 
 def stall(stage) -> None:
-    """An update that takes for ever."""
-    stage.update = lambda *_: time.sleep(1000)
+    stage.compute_gradients = lambda *_: time.sleep(1000)
 
 
 def test_ctrl_c_saves_and_a_second_one_leaves_at_once(model, whole, tmp_path):
-    folder = tmp_path / "run"
+    folder, stalled = tmp_path / "run", tmp_path / "stalled"
     stage = start(model, folder, patch=slow)
     stage.wait_until(lambda: lines(folder) >= 2)
     stage.kill(signal.SIGINT)
@@ -154,8 +163,8 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(model, whole, tmp_path):
     run("--resume", output_dir=folder)
     assert_equal_runs(folder, whole)
 
-    stage = start(model, tmp_path / "stalled", patch=stall)
-    stage.wait_until(lambda: lines(tmp_path / "stalled") >= 1)
+    stage = start(model, stalled, patch=stall)
+    stage.wait_until(lambda: lines(stalled) >= 1)
     time.sleep(0.5)  # in the update
     for _ in range(2):
         assert stage.process.is_alive()
@@ -164,327 +173,197 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(model, whole, tmp_path):
     assert stage.process.exitcode == 128 + signal.SIGINT
 
 
-def test_a_damaged_checkpoint_is_not_loaded(whole, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_resumes_exactly(whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "final")
-    os.truncate(folder / "checkpoint-4" / "model.safetensors", 100_000)
-    output = run("--resume", output_dir=folder)
-    assert "checkpoint-4 is damaged" in output
-    assert f"resuming from {folder / 'checkpoint-2'}\n" in output
+    for file in ("training_state.pt", "model.safetensors"):
+        os.truncate(folder / "checkpoint-6" / file, 100_000)
+        line = assert_fails(Stage("--resume", output_dir=folder))
+        assert f"{folder / 'checkpoint-6'}" in line and "damaged" in line
+    shutil.rmtree(folder / "checkpoint-6")
+    assert f"resuming from {folder / 'checkpoint-4'}\n" in run("--resume", output_dir=folder)
     assert_equal_runs(folder, whole)
 
-    shutil.rmtree(folder / "final")
-    for step in (2, 4):
-        os.truncate(folder / f"checkpoint-{step}" / "training_state.pt", 100_000)
-    code, output = Stage("--resume", output_dir=folder).wait()
-    assert code == 1 and "no other checkpoint is left" in output and "Traceback" not in output
-    assert steps_of(folder) == [2, 4]
+
+def state(folder: Path) -> list:
+    return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
 
 
-def test_what_resume_takes_from_the_folder_and_what_from_the_command_line(model, whole, tmp_path):
+def test_resuming_starts_continues_or_refuses_and_says_so(model, whole, tmp_path):
     folder = tmp_path / "run"
     output = run("--model", model, *FLAGS, "--resume", output_dir=folder)
-    assert "no checkpoint to resume from" in output, "a first start with --resume is a start"
+    assert f"no checkpoint in {folder}: starting anew" in output, "a requeued job always passes it"
     assert_equal_runs(folder, whole)
 
-    before = sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    before = state(folder)
     assert f"{folder} is complete: all 6 updates are done" in run("--resume", output_dir=folder)
-    assert before == sorted((p, p.stat().st_mtime_ns) for p in folder.rglob("*"))
+    assert state(folder) == before
 
     run("--resume", "--max_steps", 8, "--save_total_limit", 0, output_dir=folder)
     config = json.loads((folder / "config.json").read_text())
     assert (config["max_steps"], config["model"], config["num_generations"]) == (8, model, 4)
-    assert metrics(folder)[:5] == metrics(whole)[:5] and metrics(folder)[-1]["step"] == 8
-    assert steps_of(folder) == [2, 4, 6]
+    assert metrics(folder)[:7] == metrics(whole) and lines(folder) == 9
+    assert steps_of(folder) == [4, 6, 8]
 
-    # starting anew leaves nothing of the old run, and nothing else is touched
+    for step in (4, 6, 8):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    before = state(folder)
+    line = assert_fails(Stage("--resume", "--max_steps", 9, output_dir=folder))
+    assert "finished run of 8 updates without a checkpoint" in line and "--overwrite" in line
+    assert "already holds a run" in assert_fails(start(model, folder))
+    assert state(folder) == before
+
+
+def test_overwriting_leaves_nothing_of_the_old_run_and_touches_nothing_else(model, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
     (folder / "notes.txt").write_text("mine")
-    run("--model", model, *FLAGS, "--max_steps", 1, "--overwrite", output_dir=folder)
-    assert [m["step"] for m in metrics(folder)] == [0, 1] and steps_of(folder) == []
-    assert (folder / "notes.txt").read_text() == "mine"
+    words = ["--max_steps", 1, "--overwrite", "--eval_steps", 0, "--save_steps", 0]
+    run("--model", model, *FLAGS, *words, output_dir=folder)
+    assert [m["step"] for m in metrics(folder)] == [1] and steps_of(folder) == []
+    assert {line["step"] for line in read_lines(folder / "rollouts.jsonl")} == {1}
+    assert not (folder / "best").exists() and (folder / "notes.txt").read_text() == "mine"
+
+
+# --- what a run leaves ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["final", "best", "checkpoint-6"])
+def test_saved_folders_are_complete_for_plain_transformers(name, whole):
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        whole / name, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.generation_config.eos_token_id == MANY_ENDS
+    assert len(AutoTokenizer.from_pretrained(whole / name)) == model.config.text_config.vocab_size
+    assert Qwen2VLImageProcessorPil.from_pretrained(whole / name).patch_size == 14
+
+
+def plan_accuracies(stage) -> None:
+    """Patch a stage so that held-out accuracy rises, then falls."""
+    evaluate, planned = stage.evaluate, {0: 0.9, 2: 0.2, 4: 0.5, 6: 0.3}
+    stage.evaluate = lambda *rest: evaluate(*rest) | {"eval/accuracy": planned[rest[-1]]}
+
+
+def test_best_is_the_checkpoint_with_the_highest_held_out_accuracy(model, tmp_path):
+    folder, words = tmp_path / "run", ["--eval_steps", 2, "--save_total_limit", 0]
+    code, output = start(model, folder, *words, patch=plan_accuracies).wait()
+    assert code == 0 and "best held-out accuracy 0.500 after update 4: best/" in output, output
+    assert weights(folder / "best") == weights(folder / "checkpoint-4")
+    assert weights(folder / "best") != weights(folder / "final")
+
+    shutil.rmtree(folder / "final")  # as if it had been killed after checkpoint-2
+    for step in (4, 6):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    code, output = Stage("--resume", output_dir=folder, patch=plan_accuracies).wait()
+    assert code == 0 and "best held-out accuracy 0.500 after update 4: best/" in output, output
+
+
+@pytest.fixture
+def own_data(tmp_path) -> Path:
+    """Ten rows with one question and one id but different images. Two images cannot be read."""
+    rows = []
+    for number in range(10):
+        name = f"{number}.png"
+        Image.effect_noise((60 + number, 60), 60).convert("RGB").save(tmp_path / name)
+        rows.append({"id": "same", "image": name, "question": "Where?", "answer": "left"})
+    (tmp_path / "8.png").write_bytes((tmp_path / "8.png").read_bytes()[:500])
+    (tmp_path / "9.png").unlink()
+    rows = [row | {"options": ["left", "right"]} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "rows.jsonl"
+
+
+def test_closing_lines_show_the_same_images_before_and_after_and_bad_rows_are_counted(
+    own_data, model, tmp_path
+):
+    folder = tmp_path / "run"
+    output = run(
+        "--model", model, "--dataset", own_data, "--recipe", "toy", *FLAGS, output_dir=folder
+    )
+    assert "2 unusable rows" in output or "4 unusable rows" in output
+    answers = {}
+    for line in read_lines(folder / "rollouts.jsonl"):
+        if line["split"] == "eval":
+            answer = line["completions"][0].replace("\r", "\n")  # as it is read from the log
+            answers.setdefault(line["images"][0], []).append(answer)
+    assert len(answers) == 4
+    for before, after in list(answers.values())[:3]:
+        assert f"  before: {before}\n   after: {after}\n" in output
 
 
 # --- faults inside a run -------------------------------------------------------------------------
 
 
-def at_third_update(fault):
-    """A patch of the stage: `fault(policy)` before its third update."""
-
-    def patch(stage) -> None:
-        update, calls = stage.update, []
-
-        def faulty(policy, *rest):
-            calls.append(1)
-            if len(calls) == 3:
-                fault(policy)
-            return update(policy, *rest)
-
-        stage.update = faulty
-
-    return patch
+def spoil_the_loss(_, batches) -> None:
+    batches[0].advantages.fill_(math.nan)
 
 
-def inject_nan(stage) -> None:
-    at_third_update(lambda policy: next(policy.parameters()).data.fill_(torch.nan))(stage)
+def spoil_the_weights(policy, _) -> None:
+    next(policy.parameters()).data.fill_(math.nan)
 
 
-def run_out_of_memory(stage) -> None:
-    def fault(_):
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB"
-        )
-
-    at_third_update(fault)(stage)
+def limit_files(size: int, *_) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def test_nan_weights_skip_updates_then_stop_the_run_with_a_diagnosis(model, tmp_path):
-    folder = tmp_path / "run"
-    stage = start(model, folder, "--max_steps", 20, "--save_steps", 1, patch=inject_nan)
-    line = assert_fails(stage)
-    assert "not finite in 5 updates in a row" in line and "is not finite: the model is lost" in line
-    assert "goes on from checkpoint-2" in line
-    skipped = [m["skipped_updates"] for m in metrics(folder)[1:]]
-    assert skipped == [0, 0, 1, 1, 1, 1, 1]
-    assert metrics(folder)[3]["loss"] is None
-    assert steps_of(folder) == [1, 2], "weights that are not finite are not saved"
-
-    run("--resume", "--max_steps", 6, output_dir=folder)
-    assert [m["skipped_updates"] for m in metrics(folder)[1:]] == [0] * 6
-
-    line = assert_fails(start(model, tmp_path / "short", "--save_steps", 3, patch=inject_nan))
-    assert "could not save final (" in line and "is not finite" in line
+def test_an_update_with_a_loss_that_is_not_finite_is_skipped(model, tmp_path):
+    code, output = start(
+        model, tmp_path / "run", patch=partial(before_third_update, spoil_the_loss)
+    ).wait()
+    assert code == 0, output
+    updates = metrics(tmp_path / "run")[1:]
+    assert [m["skipped_updates"] for m in updates] == [0, 0, 1, 0, 0, 0]
+    assert updates[2]["loss"] is None and all(map(math.isfinite, (m["loss"] for m in updates[3:])))
 
 
-def test_out_of_memory_names_the_flags_to_lower_and_the_checkpoint(model, whole, tmp_path):
-    line = assert_fails(start(model, tmp_path / "run", patch=run_out_of_memory))
-    assert "out of memory: 2.50 GiB" in line and "goes on from checkpoint-2" in line
-    for flag in ("--prompts_per_forward 8", "--max_completion_length 12", "--gradient_check"):
-        assert flag in line
-    run("--resume", output_dir=tmp_path / "run")
-    assert_equal_runs(tmp_path / "run", whole)
+def test_five_updates_in_a_row_that_are_not_finite_stop_the_run_with_one_line(model, tmp_path):
+    folder, patch = tmp_path / "run", partial(before_third_update, spoil_the_weights)
+    line = assert_fails(start(model, folder, "--max_steps", 20, "--save_steps", 0, patch=patch))
+    assert "not finite in 5 updates in a row (last: update 7" in line and "--learning_rate" in line
+    assert [m["skipped_updates"] for m in metrics(folder)[1:]] == [0, 0, 1, 1, 1, 1]
 
 
-def count_forwards(stage) -> None:
-    update = stage.update
-
-    def counting(policy, *rest):
-        calls = []
-        hook = policy.register_forward_hook(lambda *_: calls.append(1))
-        measured = update(policy, *rest) | {"forwards": len(calls)}
-        hook.remove()
-        return measured
-
-    stage.update = counting
-
-
-def test_groups_without_signal_cost_no_forward_and_dynamic_sampling_replaces_them(model, tmp_path):
-    words = ["--max_completion_length", 3, "--prompts_per_forward", 1, "--num_generations", 2]
-    shares = {}
-    for name, more in {"plain": [], "kl": ["--beta", 0.1], "dapo": ["--dynamic_sampling"]}.items():
-        code, output = start(model, tmp_path / name, *words, *more, patch=count_forwards).wait()
-        assert code == 0, output
-        updates = metrics(tmp_path / name)[1:]
-        shares[name] = [m["frac_reward_zero_std"] for m in updates]
-        with_signal = [4 if name == "kl" else round(4 * (1 - share)) for share in shares[name]]
-        assert [m["forwards"] for m in updates] == [max(1, n) for n in with_signal]
-        assert all(m.get("sampled_groups", 4) >= 4 for m in updates)
-    assert 0.2 < sum(shares["plain"]) / 6 < 1 and sum(shares["dapo"]) < sum(shares["plain"]) / 2
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not permitted here")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def fill_disk(stage) -> None:
-    def fault(_):
-        folder = Path(sys.argv[-1])
-        with open(folder / "filler", "wb", buffering=0) as file:
-            while True:
-                try:
-                    file.write(bytes(4096))
-                except OSError:
-                    return
-
-    at_third_update(fault)(stage)
-
-
-def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(model, whole, small_disk, tmp_path):
-    folder = small_disk / "run"
-    log = small_disk / "run.log"
-    log.symlink_to(tmp_path / "run.log")  # what a user sees is not on that disk
-    line = assert_fails(start(model, folder, "--save_total_limit", 0, "--save_steps", 1))
-    newest = steps_of(folder)[-1]
-    assert f"could not save checkpoint-{newest + 1} (" in line and "o space left" in line
-    assert f"goes on from checkpoint-{newest}" in line
-    assert newest < 6 and not list(folder.glob(".*"))
-
-    shutil.rmtree(folder / "checkpoint-1")  # makes room for what is left to do
-    run("--resume", "--save_total_limit", 1, output_dir=folder)
-    assert metrics(folder) == metrics(whole)
-
-    line = assert_fails(start(model, folder, "--overwrite", patch=fill_disk))
-    assert "No space left on device" in line and "goes on from checkpoint-2" in line
-    (folder / "filler").unlink()
-    run("--resume", "--save_total_limit", 1, output_dir=folder)
+def test_weights_that_are_not_finite_are_never_saved(model, whole, tmp_path):
+    folder, patch = tmp_path / "run", partial(before_third_update, spoil_the_weights)
+    line = assert_fails(start(model, folder, patch=patch))
+    assert f"could not save {folder / 'checkpoint-4'}: " in line and "is not finite" in line
+    assert steps_of(folder) == [2] and not list(folder.glob(".*"))
+    run("--resume", output_dir=folder)
     assert_equal_runs(folder, whole)
 
 
-FAILING_RANK = """
-import sys
-sys.path.insert(0, {root!r})
-import grpo
-update, calls = grpo.update, []
-def faulty(policy, optimizer, batches, num_tokens, config, accelerator):
-    calls.append(1)
-    if accelerator.process_index == 1 and len(calls) == 3:
-        raise {error}
-    return update(policy, optimizer, batches, num_tokens, config, accelerator)
-grpo.update = faulty
-grpo.main()
-"""
+@pytest.mark.parametrize("limit", [100_000, 800_000], ids=["weights", "optimizer"])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(limit, model, whole, tmp_path):
+    """A limit on the size of a file fails a write in the middle, as a full disk does."""
+    folder, patch = tmp_path / "run", partial(before_third_update, partial(limit_files, limit))
+    line = assert_fails(start(model, folder, patch=patch))
+    assert f"could not save {folder / 'checkpoint-4'}: " in line and "File too large" in line
+    assert "--resume continues" in line
+    assert steps_of(folder) == [2] and not list(folder.glob(".*"))
+    run("--resume", output_dir=folder)
+    assert_equal_runs(folder, whole)
 
 
-@pytest.mark.parametrize("error", ["RuntimeError('boom')", "OSError(5, 'disk lost')"])
-def test_a_rank_that_raises_ends_all_ranks_with_its_error(error, model, tmp_path):
-    script = tmp_path / "grpo.py"
-    script.write_text(FAILING_RANK.format(root=str(ROOT), error=error))
-    words = ["--model", model, *FLAGS, "--output_dir", tmp_path / "run"]
-    began = time.monotonic()
-    done = subprocess.run(
-        launch_command(*words, processes=2, script=str(script)),
-        cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=120,
-    )  # fmt: skip
-    seconds = time.monotonic() - began
-    assert done.returncode == 1 and seconds < 60
-    said, _, launcher = done.stderr.partition("torch/distributed/elastic")
-    if error.startswith("OSError"):
-        assert "rank 1: error: [Errno 5] disk lost; " in said and "checkpoint-2" in said
-        assert "Traceback" not in said
-    else:
-        assert "[rank1]: RuntimeError: boom" in said
-    assert "rank0" not in said and "rank 0" not in said and "lost another" not in said
-    assert "rank      : 1 (local_rank: 1)" in launcher
+# --- settings that must not change a run ---------------------------------------------------------
 
 
-# --- input -------------------------------------------------------------------------------------
+def test_max_grad_norm_0_does_not_clip_and_trains(model, tmp_path):
+    for norm in (0, 1e9, 1e-3):
+        words = ["--max_grad_norm", norm, "--max_steps", 2, "--eval_steps", 0]
+        run("--model", model, *FLAGS, *words, output_dir=tmp_path / str(norm))
+    unclipped = weights(tmp_path / "0/final")
+    assert unclipped == weights(tmp_path / "1000000000.0/final") != weights(Path(model))
+    assert unclipped != weights(tmp_path / "0.001/final")
+    assert metrics(tmp_path / "0")[0]["grad_norm"] > 0.1
 
 
-def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
+def accumulate(stage) -> None:
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "4"
 
 
-def png_of_size(width: int, height: int) -> bytes:
-    """A small file that announces a picture of that size."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + chunk + encoded(Image.new("RGB", (8, 8)))[33:]
-
-
-def test_a_dataset_with_ten_per_cent_corrupt_rows_trains_through(model, tmp_path):
-    picture = Image.effect_noise((90, 60), 60).convert("RGB")
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotated
-    good = [
-        encoded(picture),
-        encoded(picture.convert("CMYK"), "JPEG"),
-        encoded(picture.convert("P")),
-        encoded(picture.convert("L").convert("I;16")),
-        encoded(picture, "GIF", save_all=True, append_images=[Image.new("RGB", (90, 60))]),
-        encoded(picture, "JPEG", exif=exif),
-        encoded(picture.convert("LA")),
-    ]
-    bad = {
-        "truncated": encoded(picture)[:2000],
-        "truncated jpeg": encoded(picture, "JPEG")[:700],
-        "empty file": b"",
-        "no image": b"<html>not found</html>",
-        "bomb": png_of_size(60_000, 60_000),
-        "no width": png_of_size(0, 10),
-        "a line": png_of_size(10_000, 2),
-        "missing": None,
-    }
-    kinds = list(bad)
-    rows = [
-        {
-            "id": kinds[i // 10] if i % 10 == 3 else f"good-{i}",
-            "images": [bad[kinds[i // 10]] if i % 10 == 3 else good[i % len(good)]],
-            "question": "Where is it?",
-            "options": ["left", "right"],
-            "answer": "left",
-        }
-        for i in range(10 * len(kinds))
-    ]
-    rows += [row | {"id": f"last-{i}"} for i, row in enumerate(rows[:4])]  # held out, one corrupt
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    words = ("--dataset", tmp_path / "rows.parquet", "--model", model, *FLAGS)
-    more = ("--max_steps", 5, "--prompts_per_update", 20, "--max_prompt_length", 600)
-    output = run(*words, *more, "--num_generations", 2, output_dir=tmp_path / "run")
-    trained = [json.loads(line) for line in open(tmp_path / "run" / "rollouts.jsonl")]
-    assert all(group["id"].startswith(("good", "last")) for group in trained)
-    assert [m["step"] for m in metrics(tmp_path / "run")] == [*range(6)]
-    assert f"{len(bad)} unusable rows skipped: " in output
-    report = next(line for line in output.splitlines() if "unusable" in line)
-    assert sum(kind in report for kind in kinds) >= 3
-
-
-@pytest.fixture(scope="module")
-def wrong(tmp_path_factory, whole) -> dict[str, tuple]:
-    """Mistake -> flags, exit code, and what the line must say."""
-    folder = tmp_path_factory.mktemp("wrong")
-    (folder / "empty.jsonl").write_text("")
-    (folder / "bert").mkdir()
-    (folder / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    pickled = folder / "pickled"
-    shutil.copytree(whole / "final", pickled)
-    (pickled / "model.safetensors").unlink()
-    torch.save({}, pickled / "pytorch_model.bin")
-    return {
-        "unknown option": (["--max_stepz", 3], 2, "did you mean --max_steps"),
-        "abbreviated option": (["--max_step", 3], 2, "--max_step"),
-        "unknown value": (["--loss_type", "ppo"], 2, "choose from"),
-        "no number": (["--max_steps", "many"], 2, "--max_steps"),
-        "G = 1": (["--num_generations", 1], 2, "at least 2"),
-        "no updates": (["--max_steps", 0], 2, "--max_steps"),
-        "unknown reward": (["--rewards", "speed"], 2, "valid: accuracy, format, length"),
-        "missing dataset": (["--dataset", folder / "none.parquet"], 1, "none.parquet"),
-        "empty dataset": (["--dataset", folder / "empty.jsonl"], 1, "empty"),
-        "unknown dataset": (["--dataset", "coco"], 1, "unknown dataset 'coco'"),
-        "missing model": (["--model", folder / "none"], 1, "no model"),
-        "no Qwen-VL": (["--model", folder / "bert"], 1, "is a bert model"),
-        "a pickle": (["--model", pickled], 1, "no model"),
-        "a run is there": (["--output_dir", whole], 1, "already holds a run"),
-        "a seed below 0": (["--seed", -1], 2, "--seed"),
-        "unknown tracker": (["--log_with", "abacus"], 1, "Choose between"),
-        "a tracker that is not installed": (["--log_with", "aim"], 1, "pip install it first"),
-    }
-
-
-MISTAKES = (
-    "unknown option, abbreviated option, unknown value, no number, G = 1, no updates, "
-    "unknown reward, missing dataset, empty dataset, unknown dataset, missing model, no Qwen-VL, "
-    "a pickle, a run is there, a seed below 0, unknown tracker, a tracker that is not installed"
-).split(", ")
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_answered_in_one_line_and_leaves_no_folder(mistake, wrong, model, tmp_path):
-    words, code, says = wrong[mistake]
-    if "--model" not in words:
-        words = ["--model", model, *words]
-    folder = words[-1] if mistake == "a run is there" else tmp_path / "run"
-    stage = Stage(*words, output_dir=folder)
-    exit_code, output = stage.wait()
-    assert exit_code == code, output
-    assert len(output.strip().splitlines()) == 1 and says in output, output
-    assert output.startswith("grpo.py: error: ")
-    assert mistake == "a run is there" or not folder.exists()
+def test_accumulation_in_the_environment_changes_nothing(model, whole, tmp_path):
+    code, output = start(model, tmp_path / "run", patch=accumulate).wait()
+    assert code == 0, output
+    assert_equal_runs(tmp_path / "run", whole)

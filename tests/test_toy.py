@@ -1,26 +1,36 @@
-"""The embedded world: answers right, splits disjoint, the model a small real Qwen2-VL."""
+"""The toy world: answers, splits, habits, and the base model that shows them."""
 
+import random
 import re
+from pathlib import Path
 
 import pytest
-import torch
 
-import toy
-from model import TOY_CHECKPOINT, load_policy
+from benchmarks.habits import measure
+from core.qwen import load_policy
 from rewards import accuracy_reward, format_reward, reflects
-from rollout import sample
+from toy import base_model
+from toy.world import GRID, HABITS, TASKS, ToyRows, conclude, habit_of, list_readings, see, write
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def objects(row) -> dict[str, tuple[int, int, str]]:
-    """name -> (column, row, size), read from the description by a parser of its own."""
-    description = row["thinking"].partition(" so ")[0]
-    found = re.findall(r"(\w+ \w+) (\d) (\d) (large|small)\.", description)
+def drawn(split: str = "train", count: int = 200, seed: int = 5) -> list:
+    """Scene, question and generator of the first rows."""
+    world = ToyRows(split, seed)
+    return [world.draw(index) for index in range(count)]
+
+
+def read_scene(row: dict) -> dict[str, tuple[int, int, str]]:
+    """name -> (column, row, size), read from the row's reasoning by a parser of its own."""
+    looked = row["thinking"].partition(" so ")[0]
+    found = re.findall(r"(\w+ \w+) (\d) (\d) (large|small)\.", looked)
     return {name: (int(x), int(y), size) for name, x, y, size in found}
 
 
-def solve(row) -> str:
-    """The answer from the description and the question alone."""
-    scene, question = objects(row), row["question"]
+def solve(row: dict) -> str:
+    """The answer, from the reading of the scene and the question's words alone."""
+    scene, question = read_scene(row), row["question"]
     named = re.findall(r"(?:red|green|blue|yellow) (?:square|circle|triangle)", question)
     if row["task"] == "Count":
         what = re.match(r"How many (\w+?)s? (?:objects )?are", question).group(1)
@@ -33,100 +43,126 @@ def solve(row) -> str:
     if row["task"] == "Depth":
         return next(name for name in named if scene[name][2] == "large")
     (x, y, _), *others = (scene[name] for name in named)
-    return min(
-        zip(others, named[1:], strict=True), key=lambda o: abs(o[0][0] - x) + abs(o[0][1] - y)
-    )[1]
+    steps = [abs(ox - x) + abs(oy - y) for ox, oy, _ in others]
+    return named[1 + steps.index(min(steps))]
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_every_answer_is_right_by_an_independent_solver(split):
-    rows = toy.ToyRows(split, seed=5, size=400)
-    for i in range(400):
-        row = rows[i]
+    rows = [ToyRows(split, seed=5)[index] for index in range(300)]
+    for row in rows:
         assert solve(row) == row["answer"], row["question"]
         assert row["answer"] in row["options"] and len(set(row["options"])) == len(row["options"])
-        trace = f"<think>{row['thinking']}</think><answer>{row['answer']}</answer>"
-        assert accuracy_reward(trace, row) == format_reward(trace, row) == 1.0
-    assert {rows[i]["task"] for i in range(100)} == set(toy.TASKS)
+    assert {row["task"] for row in rows} == set(TASKS)
 
 
-def test_train_and_held_out_scenes_are_disjoint_whatever_the_seed():
-    def scenes(split, seed):
-        rows = toy.ToyRows(split, seed, 500)
-        return {rows[i]["thinking"].partition(" so ")[0].partition(" wait")[0] for i in range(500)}
+def test_an_object_is_drawn_in_the_cell_and_size_that_its_reading_says():
+    row = ToyRows(seed=5)[0]
+    image = row["images"][0]
+    background, filled = image.getpixel((0, 0)), {}
+    for y in range(image.height):
+        for x in range(image.width):
+            if image.getpixel((x, y)) != background:
+                cell = (x // 28 + 1, y // 28 + 1)
+                filled[cell] = filled.get(cell, 0) + 1
+    sizes = {(x, y): size for x, y, size in read_scene(row).values()}
+    assert filled.keys() == sizes.keys()
+    assert {cell: "large" if area > 200 else "small" for cell, area in filled.items()} == sizes
 
-    train = scenes("train", 0) | scenes("train", 1)
-    held_out = scenes("eval", 0) | scenes("eval", 1)
-    assert not train & held_out and len(train) > 900
+
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1), (3, 7)])
+def test_training_and_held_out_questions_share_no_scene(seeds):
+    train, held_out = (
+        {list_readings(scene) for scene, _, _ in drawn(split, 400, seed)}
+        for split, seed in zip(("train", "eval"), seeds, strict=True)
+    )
+    assert len(train) > 350 and len(held_out) > 300 and not train & held_out
 
 
-def test_a_row_depends_on_seed_split_and_index_alone():
-    one, other = toy.ToyRows(seed=1)[7], toy.ToyRows(seed=1, size=10)[7]
-    assert one["images"][0].tobytes() == other["images"][0].tobytes()
-    assert {k: v for k, v in one.items() if k != "images"} == {
-        k: v for k, v in other.items() if k != "images"
-    }
-    assert toy.ToyRows(seed=2)[7]["thinking"] != one["thinking"]
+def test_a_row_is_a_function_of_seed_split_and_index():
+    def content(row: dict) -> dict:
+        return row | {"images": [image.tobytes() for image in row["images"]]}
+
+    row = content(ToyRows("train", seed=1, size=100)[7])
+    assert content(ToyRows("train", seed=1, size=10)[7]) == row
+    others = (ToyRows("train", 2)[7], ToyRows("eval", 1)[7], ToyRows("train", 1)[8])
+    assert all(content(other)["images"] != row["images"] for other in others)
 
 
 def test_the_place_of_the_right_option_is_no_hint():
-    rows = toy.ToyRows(size=2000)
-    places = [
-        r["options"].index(r["answer"])
-        for r in (rows[i] for i in range(2000))
-        if len(r["options"]) == 2
-    ]
-    assert 0.46 < sum(places) / len(places) < 0.54
+    questions = [question for _, question, _ in drawn(count=1500)]
+    places = [q.options.index(q.answer) for q in questions if len(q.options) == 2]
+    assert 0.45 < sum(places) / len(places) < 0.55
+
+
+def test_a_hasty_look_misses_exactly_the_last_object():
+    for scene, question, rng in drawn():
+        assert [*see(scene), scene[-1]] == scene
+        hasty = write("a hasty look", question, scene, rng)
+        assert hasty.startswith(list_readings(scene[:-1]) + " so ")
+        assert scene[-1].reading not in hasty
+
+
+def test_a_hasty_look_is_right_whenever_the_question_needs_only_what_it_sees():
+    complete = incomplete = 0
+    for scene, question, _ in drawn(count=400):
+        answers = {conclude(question, see(scene), random.Random(i))[1] for i in range(20)}
+        needed = [thing for thing, _ in question.evidence]
+        if question.task == "Count":
+            counted = sum(question.counted in thing.name.split() for thing in scene[:-1])
+            assert answers == {str(counted)}
+        elif scene[-1] in needed:
+            incomplete += 1
+            assert answers == set(question.options)  # a guess
+        else:
+            complete += 1
+            assert answers == {question.answer}
+    assert complete > 50 and incomplete > 50
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_looking_again_is_always_right_and_well_formed(split):
+    for scene, question, rng in drawn(split):
+        completion = "<think>" + write("looking again", question, scene, rng)
+        row = {"options": question.options, "answer": question.answer, "question": question.text}
+        assert accuracy_reward(completion, row) == format_reward(completion, row) == 1.0
+        assert scene[-1].reading in completion
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_a_written_habit_is_recognised(habit):
+    for scene, question, rng in drawn():
+        completion = write(habit, question, scene, rng)
+        assert habit_of(completion) == habit
+        assert reflects(completion) == (habit == "looking again")
+        assert format_reward("<think>" + completion, {}) == (habit != "rambling")
 
 
 def test_a_cell_of_the_grid_is_one_visual_token():
-    _, processor = load_policy("toy-scratch")
-    encoded = processor.prepare(toy.ToyRows()[0], "base")["encoded"]
-    assert encoded["image_grid_thw"].tolist() == [[1, 2 * toy.GRID, 2 * toy.GRID]]
-    assert (encoded["input_ids"] == processor.image_id).sum() == toy.GRID**2
-
-
-def test_the_habits_are_as_documented():
-    rows = [toy.ToyRows(size=3000)[i] for i in range(3000)]
-    texts = [toy.habit_text(row, 0.2) for row in rows]
-    looks = [thinking.startswith("look:") for thinking, _ in texts]
-    assert 0.17 < sum(looks) / 3000 < 0.23
-    guessed = [
-        answer == row["answer"]
-        for (_, answer), row, look in zip(texts, rows, looks, strict=True)
-        if not look
-    ]
-    chance = sum(1 / len(row["options"]) for row in rows) / 3000
-    assert abs(sum(guessed) / len(guessed) - chance) < 0.04
-    twice = [reflects(row["thinking"]) for row in rows]
-    assert 0.02 < sum(twice) / 3000 < 0.06
-
-
-def test_the_shipped_checkpoint_is_small_and_has_both_habits():
-    files = list(TOY_CHECKPOINT.iterdir())
-    assert sum(file.stat().st_size for file in files) <= 5 * 2**20
     model, processor = load_policy("toy")
-    assert model.config.model_type == "qwen2_vl"
-    rows = [processor.prepare(toy.ToyRows("eval", 9)[i], "base") for i in range(64)]
-    inputs = processor.collate([row["encoded"] for row in rows])
-    ids, mask = sample(model, inputs, 4, 96, seed=0)
-    texts = processor.decode(ids, mask)
-    pairs = [(text, rows[i // 4]) for i, text in enumerate(texts)]
-    looked = [accuracy_reward(text, row) for text, row in pairs if text.startswith("look:")]
-    guessed = [accuracy_reward(text, row) for text, row in pairs if text.startswith("so ")]
-    assert 0.1 < len(looked) / 256 < 0.35 and len(looked) + len(guessed) > 240
-    assert sum(looked) / len(looked) > 0.85 and sum(guessed) / len(guessed) < 0.6
-    greedy = processor.decode(*sample(model, inputs, 1, 96, 0.0))
-    assert sum(map(accuracy_reward, greedy, rows)) / 64 <= 0.6
+    row = ToyRows()[0]
+    assert row["images"][0].size == (84, 84)
+    ids = processor.prompt(row, "base").inputs["input_ids"]
+    assert (ids == model.config.image_token_id).sum() == GRID**2 == 9
 
 
-def test_the_tokenizer_round_trips_any_text():
-    _, processor = load_policy("toy-scratch")
-    for text in (
-        "look: red square 1 3 large.",
-        "140° – „ü“ 漢字 🙂",
-        "<think>a</think><answer>b</answer>",
-    ):
-        ids = processor.tokenizer(text)["input_ids"]
-        assert processor.tokenizer.decode(ids) == text
-    assert torch.tensor(ids).max() < len(processor.tokenizer)
+def test_the_shipped_model_is_small_and_has_the_habits_that_grpo_starts_from():
+    files = (ROOT / "toy" / "qwen2-vl").iterdir()
+    assert sum(file.stat().st_size for file in files) <= 5_000_000
+    found = measure("toy", questions=100)
+    rambling, guessing, once, again = (found[habit]["share"] for habit in HABITS)
+    assert 0.15 <= rambling <= 0.30 and 0.40 <= guessing <= 0.60
+    assert 0.15 <= once <= 0.25 and 0.02 <= again <= 0.08
+    assert found["greedy"] <= 0.50 and found["asked to look again"] >= 0.85
+
+
+def test_the_command_that_makes_the_base_model_learns_and_saves_it(tmp_path, monkeypatch, capsys):
+    """With a quarter of the rows per update, and far fewer updates."""
+    monkeypatch.setattr(base_model, "ROWS", 16)
+    argv = ["base_model", "--steps", "40", "--output_dir", str(tmp_path / "model")]
+    monkeypatch.setattr("sys.argv", argv)
+    base_model.main()
+    first, last = map(float, re.findall(r"loss (\S+)", capsys.readouterr().out))
+    assert first > 5.5 and last < 4.5  # a uniform guess among 640 tokens has log(640) = 6.5
+    model, _ = load_policy(str(tmp_path / "model"))
+    assert 500_000 < sum(p.numel() for p in model.parameters()) < 2_000_000

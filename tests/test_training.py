@@ -1,297 +1,220 @@
-"""The update: batching changes nothing, only what should be trained is trained, and it learns."""
+"""Training: what a run logs, what it trains, and that it learns what it is told to learn."""
 
-import dataclasses
+import json
+import math
+import statistics
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from launch import FLAGS, metrics, read_lines, run, tiny_checkpoint
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_model
 
+import core.qwen
 import sft
-import toy
-from grpo import Group, GRPOConfig, explore, micro_batches, sample_groups, update
-from model import Policy, group_logps, load_policy
-from rollout import sample
-from run import load_data, open_rows
-from sft import SFTConfig, encode_targets, target_text
+from core.optimizer import learning_rate
+from core.packing import Policy
+from core.qwen import load_reference
+from data import BadRow
+from grpo import GRPOOptions
+from sft import SFTOptions, target_text
+from toy.world import ToyRows
 
 ACCELERATOR = Accelerator(cpu=True)
+EVALUATED = {"eval/accuracy", "eval/completion_length", "eval/reflection"}
+TRAINED = {"step", "loss", "grad_norm", "learning_rate", "skipped_updates", "seconds/train"}
+TRAINED |= {"tokens_per_second"}
+SAMPLED = {
+    *("reward", "reward_std", "rewards/accuracy", "rewards/format", "rewards/length"),
+    *("frac_reward_zero_std", "groups/all_right", "groups/all_wrong"),
+    *("completions/mean_length", "completions/clipped_ratio", "completions/reflection"),
+    *("kl", "entropy", "clip_ratio", "sampling/logp_difference", "sampling/kl", "seconds/rollout"),
+}
 
 
-class SGD(torch.optim.SGD):
-    """Keeps the gradients it was given, so that a test can look at them."""
-
-    def step(self, closure=None):
-        self.seen = [
-            None if p.grad is None else p.grad.clone() for p in self.param_groups[0]["params"]
-        ]
-        return super().step(closure)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
 
 
-def toy_rows(processor, count: int, style: str = "base", split: str = "train") -> list[dict]:
-    return [
-        processor.prepare(row, style) for row in (toy.ToyRows(split, 3)[i] for i in range(count))
-    ]
+# --- what is logged ------------------------------------------------------------------------------
 
 
-def random_groups(processor, B: int, G: int = 4, C: int = 9) -> list[Group]:
-    """Groups of unequal completion lengths and advantages; group 1 has no advantage at all."""
-    generator = torch.Generator().manual_seed(0)
-    groups = []
-    for number, row in enumerate(toy_rows(processor, B)):
-        ids = torch.randint(300, len(processor.tokenizer), (G, C - number % 3), generator=generator)
-        lengths = torch.randint(1, ids.shape[1] + 1, (G, 1), generator=generator)
-        mask = (torch.arange(ids.shape[1]) < lengths).long()
-        advantages = torch.randn(G, generator=generator) * (number != 1)
-        groups.append(Group(row, ids, mask, [""] * G, torch.zeros(G, 1), advantages))
-    return groups
+@pytest.fixture(scope="module")
+def logged(model, tmp_path_factory) -> Path:
+    """A run with three weighted rewards, KL, a tracker and every group in its log."""
+    folder = tmp_path_factory.mktemp("runs") / "logged"
+    words = ["--rewards", "accuracy", "format", "length", "--reward_weights", 1, 0.5, 2]
+    words += ["--beta", 0.1, "--log_groups", 4, "--log_with", "tensorboard"]
+    run("--model", model, *FLAGS, *words, output_dir=folder)
+    return folder
 
 
-def gradients(config, groups, reference=None, iterations: int = 1):
-    model, processor = tiny_model("qwen2_vl")
-    policy = Policy(model)
-    optimizer = SGD(policy.parameters(), lr=1e-3)
-    batches = micro_batches(groups, processor, config, ACCELERATOR, reference)
-    num_tokens = float(sum(group.completion_mask.sum() for group in groups))
-    for _ in range(iterations):
-        metrics = update(policy, optimizer, batches, num_tokens, config, ACCELERATOR)
-    return optimizer.seen, metrics
+def test_the_metrics_have_their_names(logged):
+    first, *updates = read_lines(logged / "metrics.jsonl")
+    tasks = {
+        f"eval/{line['task']}" for line in read_lines(logged / "rollouts.jsonl") if not line["step"]
+    }
+    assert set(first) == {"step"} | EVALUATED | tasks
+    assert [set(m) for m in updates[:-1]] == [TRAINED | SAMPLED] * 5
+    assert set(updates[-1]) == TRAINED | SAMPLED | EVALUATED | tasks
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_micro_batches_change_neither_gradient_nor_metrics(loss_type, beta):
-    reference, processor = tiny_model("qwen2_vl", seed=1)
-    groups = random_groups(processor, 5)
-    config = GRPOConfig(loss_type=loss_type, beta=beta, max_grad_norm=1e9, num_generations=4)
-    results = [
-        gradients(
-            dataclasses.replace(config, prompts_per_forward=size),
-            groups,
-            beta and reference or None,
-        )
-        for size in (5, 2, 1)
-    ]
-    for grads, metrics in results[1:]:
-        for one, other in zip(grads, results[0][0], strict=True):
-            if other is not None:
-                torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-4)
-        for name, value in results[0][1].items():
-            assert metrics[name] == pytest.approx(value, abs=1e-5, rel=1e-4), name
+def test_sampler_and_training_pass_agree_in_float32(logged):
+    for m in metrics(logged)[1:]:
+        assert 0 < m["sampling/logp_difference"] < 1e-5 and abs(m["sampling/kl"]) < 1e-7
 
 
-def test_the_gradient_is_that_of_every_row_alone():
-    """B prompts at once against the plain policy gradient of one row at a time."""
-    model, processor = tiny_model("qwen2_vl")
-    groups = random_groups(processor, 3)
-    grads, _ = gradients(GRPOConfig(max_grad_norm=1e9), groups)
-    for group in groups:
-        inputs = processor.collate([group.row["encoded"]])
-        for ids, mask, advantage in zip(
-            group.completion_ids, group.completion_mask, group.advantages, strict=True
-        ):
-            logps = group_logps(model, inputs, ids[None], mask[None])
-            (-advantage * logps.sum() / mask.sum() / 12).backward()
-    for p, grad in zip(model.parameters(), grads, strict=True):
-        if grad is not None:
-            torch.testing.assert_close(grad, p.grad, atol=2e-6, rtol=1e-4)
+def test_loss_and_kl_are_0_at_the_first_update_and_their_gradient_is_not(logged):
+    first, second = metrics(logged)[1:3]
+    assert abs(first["loss"]) < 1e-6 and first["kl"] < 1e-9 and first["grad_norm"] > 0.1
+    assert second["kl"] > 1e-4
 
 
-def test_groups_without_advantage_cost_no_forward_without_kl_and_one_with_it():
-    _, processor = tiny_model("qwen2_vl")
-    groups = random_groups(processor, 4)
-    for group in groups[:3]:
-        group.advantages = torch.zeros(4)
-    config = GRPOConfig(prompts_per_forward=1)
-    assert len(micro_batches(groups, processor, config, ACCELERATOR, None)) == 1
-    config.beta = 0.1
-    assert len(micro_batches(groups, processor, config, ACCELERATOR, None)) == 4
+def test_rewards_are_weighted_and_advantages_are_those_of_the_weighted_sum(logged):
+    updates = metrics(logged)
+    for step in range(1, 7):
+        groups = [line for line in read_lines(logged / "rollouts.jsonl") if line["step"] == step]
+        groups = [group for group in groups if group["split"] == "train"]
+        totals = []
+        for group in groups:
+            scores = [group["rewards"][name] for name in ("accuracy", "format", "length")]
+            totals.append([a + 0.5 * f + 2 * n for a, f, n in zip(*scores, strict=True)])
+            mean, std = statistics.mean(totals[-1]), statistics.stdev(totals[-1])
+            expected = [(total - mean) / (std + 1e-4) for total in totals[-1]]
+            assert group["advantages"] == pytest.approx(expected, abs=1e-3)
+        assert len(groups) == 4
+        assert updates[step]["reward"] == pytest.approx(statistics.mean(sum(totals, [])))
 
 
-def test_an_update_without_any_signal_moves_nothing():
-    _, processor = tiny_model("qwen2_vl")
-    groups = random_groups(processor, 2)
-    for group in groups:
-        group.advantages = torch.zeros(4)
-    grads, metrics = gradients(GRPOConfig(), groups)
-    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
-    assert not any(grad.any() for grad in grads if grad is not None)
+def test_a_tracker_gets_the_metrics_of_the_run(logged):
+    (events,) = (logged / logged.name).glob("events*")
+    tracked = EventAccumulator(str(events)).Reload()
+    for name in ("reward", "completions/mean_length", "eval/accuracy"):
+        expected = [(m["step"], m[name]) for m in metrics(logged) if name in m]
+        seen = [(scalar.step, scalar.value) for scalar in tracked.Scalars(name)]
+        assert seen == [(step, pytest.approx(value)) for step, value in expected]
 
 
-def test_old_logps_are_those_of_the_first_update_of_a_rollout():
-    _, processor = tiny_model("qwen2_vl")
-    groups = random_groups(processor, 2)
-    config = GRPOConfig(epsilon=1e-6, max_grad_norm=1e9)
-    assert gradients(config, groups, iterations=1)[1]["clip_ratio"] == 0
-    assert gradients(config, groups, iterations=2)[1]["clip_ratio"] > 0
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+        ("cosine", [0.5, 1, 1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+    ],
+)
+def test_learning_rate_schedules_by_hand(schedule, expected):
+    options = GRPOOptions(learning_rate=1.0, lr_schedule=schedule, max_steps=6, warmup_ratio=0.34)
+    assert [learning_rate(options, step) for step in range(1, 7)] == pytest.approx(expected)
 
 
-def test_kl_is_zero_against_itself_and_positive_against_another():
-    same, processor = tiny_model("qwen2_vl")
-    other, _ = tiny_model("qwen2_vl", seed=1)
-    groups = random_groups(processor, 2)
-    config = GRPOConfig(beta=0.1)
-    assert gradients(config, groups, same)[1]["kl"] == pytest.approx(0, abs=1e-6)
-    assert gradients(config, groups, other)[1]["kl"] > 0.1
+# --- what is trained -----------------------------------------------------------------------------
 
 
-def test_a_nonfinite_loss_leaves_the_weights_as_they_are():
-    model, processor = tiny_model("qwen2_vl")
-    groups = random_groups(processor, 2)
-    groups[0].advantages = torch.full((4,), float("nan"))
-    policy = Policy(model)
-    before = [p.clone() for p in policy.parameters()]
-    config = GRPOConfig()
-    batches = micro_batches(groups, processor, config, ACCELERATOR, None)
-    metrics = update(policy, SGD(policy.parameters(), lr=1.0), batches, 1.0, config, ACCELERATOR)
-    assert metrics["skipped_updates"] == 1
-    assert all(torch.equal(p, b) for p, b in zip(policy.parameters(), before, strict=True))
-
-
-def test_eight_prompts_at_once_are_eight_prompts_one_at_a_time():
-    """Completions and rewards of a prompt do not depend on what else is in the batch."""
-    model, processor = tiny_model("qwen2_vl")
-    rows = toy_rows(processor, 8)
-    config = GRPOConfig(num_generations=3, max_completion_length=12)
-    together = sample_groups(model, processor, rows, list(range(8)), 5, config)
-    for slot, group in enumerate(together):
-        (alone,) = sample_groups(model, processor, [rows[slot]], [slot], 5, config)
-        assert alone.completions == group.completions
-        assert torch.equal(alone.rewards, group.rewards)
-
-
-def test_dynamic_sampling_replaces_groups_without_signal(monkeypatch):
-    model, processor = tiny_model("qwen2_vl")
-    config = GRPOConfig(num_generations=4, prompts_per_update=4, max_completion_length=8)
-    config.rewards, config.dynamic_sampling = ["accuracy"], True
-    seen = []
-
-    def reward(completion, row):
-        if row["id"] not in seen:
-            seen.append(row["id"])
-        return float(len(completion) % 2) if len(seen) > 2 else 1.0  # the first two teach nothing
-
-    monkeypatch.setitem(__import__("grpo").REWARDS, "accuracy", reward)
-    feed, _ = load_data((open_rows(config)[0], []), config, processor, "base", ACCELERATOR)
-    rows = [feed[i] for i in range(4)]
-    groups, _, metrics = explore(feed, model, processor, config, ACCELERATOR, 0, rows)
-    assert metrics["sampled_groups"] >= 6
-    assert all(group.row["id"] not in seen[:2] for group in groups)
-
-
-def test_grpo_makes_what_is_rewarded_likelier(monkeypatch):
-    """The whole loop as a bandit: completions that contain an "e" are rewarded, nothing else is."""
-    model, processor = tiny_model("qwen2_vl")
-    config = GRPOConfig(max_completion_length=4, num_generations=8, rewards=["accuracy"])
-    monkeypatch.setitem(
-        __import__("grpo").REWARDS, "accuracy", lambda text, row: float("e" in text)
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_a_frozen_part_does_not_move_and_the_other_does(part, model, tmp_path):
+    words = ["--freeze", part, "--max_steps", 2, "--eval_steps", 0, "--save_steps", 0]
+    run("--model", model, *FLAGS, *words, output_dir=tmp_path / "run")
+    before, after = (
+        load_file(Path(f) / "model.safetensors") for f in (model, tmp_path / "run/final")
     )
-    rows = toy_rows(processor, 4)
-    policy = Policy(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
-    rewards = []
-    for step in range(25):
-        groups, tokens, metrics = explore(None, model, processor, config, ACCELERATOR, step, rows)
-        batches = micro_batches(groups, processor, config, ACCELERATOR, None)
-        update(policy, optimizer, batches, tokens, config, ACCELERATOR)
-        rewards.append(metrics["reward"])
-    assert rewards[0] < 0.6 and sum(rewards[-3:]) / 3 > 0.9, rewards
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ("visual" in name) == (part == "language")}
 
 
-# --- supervised ---
+def test_without_kl_no_reference_model_is_loaded(monkeypatch):
+    def load_policy(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(core.qwen, "load_policy", load_policy)
+    assert load_reference(GRPOOptions(beta=0.0), ACCELERATOR) is None
+    with pytest.raises(AssertionError, match="loaded"):
+        load_reference(GRPOOptions(beta=0.1), ACCELERATOR)
+
+
+def test_grpo_makes_likelier_what_a_reward_of_ones_own_pays(model, tmp_path):
+    (tmp_path / "mine.py").write_text("def has_e(completion, row):\n    return 'e' in completion\n")
+    words = f"--rewards {tmp_path / 'mine.py'}:has_e --num_generations 8 --max_completion_length 4"
+    words += " --learning_rate 3e-3 --max_steps 25 --eval_steps 0 --save_steps 0"
+    run("--model", model, *FLAGS, *words.split(), output_dir=tmp_path / "run")
+    rewards = [m["reward"] for m in metrics(tmp_path / "run")]
+    assert rewards[0] < 0.6 and statistics.mean(rewards[-3:]) > 0.9, rewards
+
+
+# --- supervised ----------------------------------------------------------------------------------
+
+
+def toy_prompts(processor, count: int, style: str = "base") -> list:
+    return [processor.prompt(ToyRows("train", 3)[i], style) for i in range(count)]
 
 
 @pytest.mark.parametrize(
     "style, target", [("base", "trace"), ("base-direct", "answer"), ("instruct", "trace")]
 )
 def test_only_the_answer_and_its_end_token_are_trained(style, target):
-    """Token by token: what `group_logps` scores is the target text and the end token, no more."""
-    _, processor = tiny_model("qwen2_vl")
-    rows = toy_rows(processor, 3, style)
-    texts = [target_text(row, target) for row in rows]
-    (batch,) = sft.micro_batches(rows, processor, texts, 3)
-    inputs, ids, mask = batch
-    order = [
-        next(
-            i
-            for i, row in enumerate(rows)
-            if torch.equal(row["encoded"]["input_ids"], prompt[seen.bool()])
-        )
-        for prompt, seen in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-    ]
-    assert sorted(order) == [0, 1, 2]
-    for i, row_ids, row_mask in zip(order, ids, mask, strict=True):
-        trained = row_ids[row_mask.bool()].tolist()
-        assert trained[-1] == processor.end_ids[0]
-        assert processor.tokenizer.decode(trained[:-1]) == texts[i]
-        assert processor.image_id not in trained
-        answer = rows[i]["answer"]
-        if target == "answer":
-            assert texts[i] == answer
-        else:
-            thinking = "<think>" + rows[i]["thinking"] + "</think><answer>" + answer + "</answer>"
-            assert rows[i]["opening"] + texts[i] == thinking
-
-
-def sft_gradients(size: int):
     model, processor = tiny_model("qwen2_vl")
-    rows = toy_rows(processor, 8)
-    batches = sft.micro_batches(rows, processor, [target_text(r, "trace") for r in rows], size)
-    policy = Policy(model)
-    optimizer = SGD(policy.parameters(), lr=1e-3)
-    num_tokens = sum(int(mask.sum()) for *_, mask in batches)
-    config = SFTConfig(max_grad_norm=1e9)
-    loss = sft.update(policy, optimizer, batches, num_tokens, config, ACCELERATOR)["loss"]
-    return loss, optimizer.seen, len(batches)
+    prompts = toy_prompts(processor, 3, style)
+    options = SFTOptions(target=target, rows_per_forward=3)
+    ((packed, mask),) = sft.make_micro_batches(prompts, model, processor, options)
+    trained = [ids.tolist() for ids in packed.targets.split(mask.sum(-1).tolist())]
+    assert all(ids[-1] == processor.end_ids[0] for ids in trained)
+    expected = []
+    for row, opening in [(prompt.row, prompt.opening) for prompt in prompts]:
+        trace = f"<think>{row['thinking']}</think><answer>{row['answer']}</answer>"
+        expected.append(row["answer"] if target == "answer" else trace.removeprefix(opening))
+    assert sorted(processor.tokenizer.decode(ids[:-1]) for ids in trained) == sorted(expected)
 
 
-def test_one_batch_of_eight_and_eight_of_one_give_equal_gradients():
-    (loss, grads, one), (other_loss, other_grads, eight) = sft_gradients(8), sft_gradients(1)
-    assert (one, eight) == (1, 8) and loss == pytest.approx(other_loss, abs=1e-5)
-    for a, b in zip(grads, other_grads, strict=True):
-        if a is not None:
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+def test_a_trace_target_needs_thinking():
+    with pytest.raises(BadRow, match="r1.*no `thinking`"):
+        target_text({"id": "r1", "answer": "3", "thinking": ""}, "trace")
 
 
-def test_sft_learns_32_rows_by_heart():
-    model, processor = load_policy("toy")
-    rows = toy_rows(processor, 32, "base-direct")
-    answers = [target_text(row, "answer") for row in rows]
-    batches = sft.micro_batches(rows, processor, answers, 32)
-    num_tokens = sum(int(mask.sum()) for *_, mask in batches)
-    policy = Policy(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+def test_the_sft_loss_is_the_librarys_cross_entropy_in_one_forward_or_several():
+    losses, gradients = [], []
+    for size in (8, 1):
+        model, processor = tiny_model("qwen2_vl")
+        prompts = toy_prompts(processor, 8)
+        options = SFTOptions(target="trace", rows_per_forward=size)
+        batches = sft.make_micro_batches(prompts, model, processor, options)
+        tokens = sum(int(mask.sum()) for _, mask in batches)
+        loss = sft.compute_gradients(Policy(model), batches, tokens, ACCELERATOR)["loss"]
+        losses.append(loss)
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
-    def answered() -> list[str]:
-        inputs = processor.collate([row["encoded"] for row in rows])
-        return processor.decode(*sample(model, inputs, 1, 20, temperature=0.0))
-
-    assert answered() != answers
-    for _ in range(60):
-        sft.update(policy, optimizer, batches, num_tokens, SFTConfig(), ACCELERATOR)
-    assert answered() == answers
-
-
-def test_sft_loss_is_the_librarys_cross_entropy():
-    model, processor = tiny_model("qwen2_vl")
-    rows = toy_rows(processor, 1)
-    ids, mask = encode_targets(rows, processor, [target_text(rows[0], "trace")])
-    prompt = rows[0]["encoded"]
-    full = torch.cat([prompt["input_ids"], ids[0]])[None]
-    labels = full.clone()
-    labels[:, : len(prompt["input_ids"])] = -100
-    expected = model(
-        input_ids=full,
-        mm_token_type_ids=(full == processor.image_id).long(),
-        pixel_values=prompt["pixel_values"],
-        image_grid_thw=prompt["image_grid_thw"],
-        labels=labels,
-    ).loss
-    logps = group_logps(model, processor.collate([prompt]), ids, mask)[:, 0]
-    assert sft.sft_loss(logps, mask, mask.sum()).item() == pytest.approx(expected.item(), abs=1e-5)
+    total = 0.0
+    for prompt in prompts:
+        ids, _ = processor.encode_targets([target_text(prompt.row, "trace", prompt.opening)])
+        full = torch.cat([prompt.inputs["input_ids"], ids[0]])[None]
+        labels = full.masked_fill(torch.arange(full.shape[1]) < full.shape[1] - ids.shape[1], -100)
+        images = {key: prompt.inputs[key] for key in ("pixel_values", "image_grid_thw")}
+        types = (full == processor.image_id).long()
+        mean = model(input_ids=full, mm_token_type_ids=types, labels=labels, **images).loss
+        total += mean.item() * ids.shape[1] / tokens
+    assert losses == pytest.approx([total, total], rel=1e-5)
 
 
-def test_a_trace_target_needs_reasoning():
-    row = {"id": "r1", "answer": "3", "prompt_text": ""}
-    with pytest.raises(ValueError, match="r1 has no reasoning"):
-        target_text(row, "trace")
+def test_sft_learns_eight_rows_by_heart_in_as_many_epochs_as_asked(model, tmp_path):
+    rows = []
+    for number in range(8):
+        Image.effect_noise((60, 60), 60).convert("RGB").save(tmp_path / f"{number}.png")
+        answer = ["left", "right"][number % 2]
+        row = {"image": f"{number}.png", "question": f"Where is {number}?", "answer": answer}
+        rows.append(json.dumps(row | {"options": ["left", "right"]}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    words = ["--dataset", tmp_path / "rows.jsonl", "--recipe", "toy", "--epochs", 40]
+    words += ["--rows_per_update", 8, "--learning_rate", 3e-3, "--max_completion_length", 4]
+    run("--model", model, *words, output_dir=tmp_path / "run", stage="sft")
+    updates = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [m["step"] for m in updates] == list(range(41)) and TRAINED == set(updates[1])
+    assert updates[0]["eval/accuracy"] < 0.5 and updates[-1]["eval/accuracy"] == 1
+    rates = [m["learning_rate"] for m in updates[1:]]
+    assert max(rates) == pytest.approx(3e-3) and rates[0] == pytest.approx(3e-3 / 4)
+    assert rates[-1] == pytest.approx(3e-3 / 36), "linear, after a warm-up over a tenth"

@@ -12,8 +12,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-import toy
-from model import Processor
+from core.qwen import Processor
+from toy.base_model import build_tokenizer
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -62,7 +62,7 @@ VISION = {
 
 @functools.cache
 def tiny_tokenizer():
-    return toy.build_tokenizer(rows=300)
+    return build_tokenizer(rows=300)
 
 
 def tiny_model(family: str, seed: int = 0, tie_word_embeddings: bool = True):

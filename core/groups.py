@@ -1,0 +1,182 @@
+"""A rollout's groups: sample them, measure them, split them into training forwards.
+
+Letters: b prompts of this process, G completions per prompt, C completion length, R reward
+functions. Rows are prompt-major: completion g of prompt i is row i * G + g.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from core.packing import Packed, group_logps, pack_groups
+from core.qwen import Processor, Prompt
+from core.rollout import sample
+from rewards import reflects
+
+
+@dataclass
+class Rollout:
+    """This process's prompts and the completions sampled for them, on the CPU."""
+
+    prompts: list[Prompt]  # b
+    completion_ids: Tensor  # (b*G, C), padded on the right
+    completion_mask: Tensor  # (b*G, C), 1 up to and including the end token
+    sampling_logps: Tensor  # (b*G, C), the sampler's log-probability of each drawn token
+    truncated: Tensor  # (b*G,), cut at the limit before an end token
+    completions: list[str]  # b*G
+
+
+def sample_rollout(
+    model: nn.Module,
+    processor: Processor,
+    prompts: list[Prompt],
+    places: Sequence[int],
+    number: int,
+    options,
+) -> Rollout:
+    """Sample G completions of each prompt.
+
+    The seed, the `number` of the rollout and the prompts' `places` in it determine every draw, so
+    the number of processes changes nothing.
+    """
+    ids, mask, logps = sample(
+        model,
+        processor.collate([prompt.inputs for prompt in prompts]),
+        options.num_generations,
+        options.max_completion_length,
+        options.temperature,
+        seed=options.seed,
+        step=number,
+        prompts=list(places),
+        decoding=options.decoding,
+    )
+    ids, mask, logps = ids.cpu(), mask.cpu(), logps.cpu()
+    last = ids.gather(-1, mask.sum(-1, keepdim=True) - 1).squeeze(-1)
+    truncated = ~torch.isin(last, torch.tensor(processor.end_ids))
+    return Rollout(prompts, ids, mask, logps, truncated, processor.decode(ids, mask))
+
+
+def rollout_metrics(
+    rollout: Rollout, rewards: Tensor, totals: Tensor, options, accelerator: Accelerator
+) -> dict[str, float]:
+    """Means over all processes. `rewards` (B, G, R) and `totals` (B, G) are of all processes."""
+    equal = (totals == totals[:, :1]).all(1)
+    metrics = {
+        "reward": totals.mean().item(),
+        "reward_std": totals.std(1).mean().item(),
+        "frac_reward_zero_std": equal.float().mean().item(),
+    }
+    for i, name in enumerate(options.rewards):
+        metrics[f"rewards/{name}"] = rewards[..., i].mean().item()
+    if "accuracy" in options.rewards:
+        right = rewards[..., options.rewards.index("accuracy")] == 1  # (B, G)
+        metrics["groups/all_right"] = right.all(1).float().mean().item()
+        metrics["groups/all_wrong"] = (~right).all(1).float().mean().item()
+    reflecting = sum(map(reflects, rollout.completions))
+    sums = [
+        rollout.completion_mask.sum(),
+        rollout.truncated.sum(),
+        reflecting,
+        len(rollout.truncated),
+    ]
+    sums = accelerator.reduce(torch.tensor(sums, device=accelerator.device), "sum").tolist()
+    tokens, truncated, reflecting, completions = sums
+    return metrics | {
+        "completions/mean_length": tokens / completions,
+        "completions/clipped_ratio": truncated / completions,
+        "completions/reflection": reflecting / completions,
+    }
+
+
+def trained_tokens(rollout: Rollout, options, accelerator: Accelerator) -> tuple[Tensor, dict]:
+    """The mask of the tokens to train on, (b*G, C), and the update's counts over all processes."""
+    mask = rollout.completion_mask
+    if options.mask_truncated_completions:
+        mask = mask * ~rollout.truncated[:, None]
+    num_tokens = accelerator.reduce(mask.sum().to(accelerator.device), "sum")
+    return mask, {
+        "num_completions": options.prompts_per_update * options.num_generations,
+        "num_tokens": int(num_tokens),
+        "max_completion_length": options.max_completion_length,
+    }
+
+
+def rollout_records(rollout: Rollout, rewards: Tensor, advantages: Tensor, options) -> list[dict]:
+    """The first groups as lines of rollouts.jsonl. `rewards` (b, G, R), `advantages` (b, G)."""
+    G, records = options.num_generations, []
+    for i, prompt in enumerate(rollout.prompts[: options.log_groups]):
+        named = {name: rewards[i, :, r].tolist() for r, name in enumerate(options.rewards)}
+        completions = rollout.completions[i * G : (i + 1) * G]
+        record = {
+            "completions": completions,
+            "rewards": named,
+            "advantages": advantages[i].tolist(),
+        }
+        records.append({"prompt": prompt, **record})
+    return records
+
+
+@dataclass
+class MicroBatch:
+    """Some groups, as one training forward takes them. Token tensors are (n*G, C)."""
+
+    packed: Packed
+    weights: Tensor  # zero where a token is not trained
+    advantages: Tensor  # (n*G,)
+    sampling_logps: Tensor
+    ref_per_token_logps: Tensor | None = None
+    old_per_token_logps: Tensor | None = None  # known after the rollout's first update
+
+
+def make_micro_batches(
+    model: nn.Module,
+    reference: nn.Module | None,
+    processor: Processor,
+    options,
+    accelerator: Accelerator,
+    rollout: Rollout,
+    advantages: Tensor,
+    weights: Tensor,
+) -> list[MicroBatch]:
+    """Pack the groups, similar lengths together. `advantages` (b, G), `weights` (b*G, C).
+
+    Without KL a group without advantage changes nothing, so it is left out. All processes make the
+    same number of micro-batches, because they meet in every backward pass: a process with fewer
+    repeats its last one with weights of 0.
+    """
+    G, device = options.num_generations, accelerator.device
+    lengths = rollout.completion_mask.sum(-1).view(-1, G)  # (b, G)
+    order = lengths.sum(-1).argsort(descending=True, stable=True).tolist()
+    used = [i for i in order if options.beta or advantages[i].any()] or order[-1:]
+    batches = []
+    for chosen in torch.tensor(used).split(options.prompts_per_forward):
+        rows = (chosen[:, None] * G + torch.arange(G)).flatten()
+        longest = int(lengths[chosen].max())
+        ids, mask, logps, token_weights = (
+            x[rows, :longest]
+            for x in (
+                rollout.completion_ids,
+                rollout.completion_mask,
+                rollout.sampling_logps,
+                weights,
+            )
+        )
+        inputs = processor.collate([rollout.prompts[i].inputs for i in chosen])
+        batch = MicroBatch(
+            pack_groups(model, inputs, ids, mask),
+            token_weights.to(device),
+            advantages[chosen].flatten().to(device),
+            logps.to(device),
+        )
+        if reference is not None:
+            with torch.no_grad(), accelerator.autocast():
+                ref_logps = group_logps(reference, batch.packed, temperature=options.temperature)
+            batch.ref_per_token_logps = ref_logps.flatten(0, 1)
+        batches.append(batch)
+    most = int(accelerator.gather(torch.tensor([len(batches)], device=device)).max())
+    unused = dataclasses.replace(batches[-1], weights=torch.zeros_like(batches[-1].weights))
+    return batches + [unused] * (most - len(batches))

@@ -1,0 +1,298 @@
+"""Load, encode, freeze and save Qwen-VL checkpoints.
+
+Works with the unmodified Qwen2-VL, Qwen2.5-VL and Qwen3-VL of transformers, without torchvision.
+Letters: B prompts, P prompt length, C completion length.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen2VLImageProcessorPil,
+)
+
+from core.files import HUB_ID, download
+from core.options import TrainingOptions, UserError, run_config
+from core.packing import use_packed_attention
+from data import build_prompt
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+TOY_CHECKPOINT = Path(__file__).parent.parent / "toy" / "qwen2-vl"
+FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja")
+MAX_PIXELS = 401_408  # 512 visual tokens, the paper's limit
+
+
+@dataclass
+class Prompt:
+    """A row, the prompt that asks about it, and the prompt's encoded inputs, unpadded."""
+
+    row: dict
+    text: str
+    inputs: dict[str, Tensor]
+
+    @property
+    def opening(self) -> str:
+        """The part of the answer's format that the prompt already contains."""
+        return "<think>" if self.text.endswith("<think>") else ""
+
+
+class Processor:
+    """Tokenizer and image processor: prompts and images in, left-padded model inputs out."""
+
+    def __init__(self, tokenizer, image_processor, end_ids: list[int] | None = None):
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.end_ids = end_ids or [tokenizer.eos_token_id]
+        self.pad_id = tokenizer.pad_token_id or self.end_ids[0]
+
+    @property
+    def default_style(self) -> str:
+        """Instruct models end their turn with <|im_end|>, base models do not."""
+        chat_end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        return "instruct" if chat_end in self.end_ids else "base"
+
+    def prompt(self, row: dict, style: str) -> Prompt:
+        """Build and encode the prompt of a row."""
+        text = build_prompt(row, style)
+        return Prompt(row, text, self.encode_one(text, row["images"]))
+
+    def prompt_length(self, row: dict, style: str) -> int:
+        """Tokens of the row's prompt, without processing the pixels."""
+        text = build_prompt(row, style)
+        count_patches = self.image_processor.get_number_of_image_patches
+        patches = [count_patches(image.height, image.width) for image in row["images"]]
+        visual_tokens = sum(patches) // self.image_processor.merge_size**2
+        tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return len(tokens) - len(patches) + visual_tokens
+
+    def encode_one(self, prompt: str, images: list[Image.Image]) -> dict[str, Tensor]:
+        """One prompt, unpadded.
+
+        Returns `input_ids` (P,) and, if there are images, `pixel_values` (patches, 3 * 2 * patch²)
+        and `image_grid_thw` (images, 3). Raises ValueError if the number of image places in the
+        prompt is not the number of images.
+        """
+        pieces = prompt.split("<|image_pad|>")
+        if len(pieces) - 1 != len(images):
+            raise ValueError(
+                f"the prompt has {len(pieces) - 1} image places for {len(images)} images"
+            )
+        encoded = {}
+        if images:
+            encoded = dict(self.image_processor(images=images, return_tensors="pt"))
+            # one token per merged patch: t * h * w / merge²
+            tokens = encoded["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2
+            pieces[1:] = [
+                "<|image_pad|>" * int(n) + piece
+                for n, piece in zip(tokens, pieces[1:], strict=True)
+            ]
+        ids = self.tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
+        return {"input_ids": torch.tensor(ids), **encoded}
+
+    def collate(self, encoded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Pad prompts from `encode_one` on the left to one batch: see `encode`."""
+        length = max(len(one["input_ids"]) for one in encoded)
+        input_ids = torch.full((len(encoded), length), self.pad_id)
+        attention_mask = torch.zeros(len(encoded), length, dtype=torch.long)
+        for row, one in enumerate(encoded):
+            start = length - len(one["input_ids"])
+            input_ids[row, start:] = one["input_ids"]
+            attention_mask[row, start:] = 1
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        batch["mm_token_type_ids"] = (input_ids == self.image_id).long()
+        for key in ("pixel_values", "image_grid_thw"):
+            parts = [one[key] for one in encoded if key in one]
+            if parts:
+                batch[key] = torch.cat(parts)
+        return batch
+
+    def encode(self, prompts: list[str], images: list[list[Image.Image]]) -> dict[str, Tensor]:
+        """Prompts and their images as model inputs.
+
+        Returns `input_ids`, `attention_mask` and `mm_token_type_ids` (B, P), padded on the left.
+        `pixel_values` (patches, …) and `image_grid_thw` (images, 3) are flat over all images of
+        the batch and absent if there are none. Raises ValueError as `encode_one` does.
+        """
+        return self.collate([self.encode_one(p, i) for p, i in zip(prompts, images, strict=True)])
+
+    def encode_targets(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Texts and their end token as `completion_ids` and `completion_mask`, (B, C)."""
+        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = [torch.tensor(row + self.end_ids[:1]) for row in rows]
+        pad = nn.utils.rnn.pad_sequence
+        return pad(ids, True, self.pad_id), pad([torch.ones_like(row) for row in ids], True, 0)
+
+    def decode(self, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
+        """Completions as text, without end token and padding."""
+        return [
+            self.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)
+            for ids, mask in zip(completion_ids, completion_mask, strict=True)
+        ]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+        # Name the class that every transformers can load, with or without torchvision.
+        path = Path(folder) / "preprocessor_config.json"
+        settings = json.loads(path.read_text()) | {"image_processor_type": "Qwen2VLImageProcessor"}
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+# --- load, freeze, save --------------------------------------------------------------------------
+
+
+def load_policy(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    freeze: str = "none",
+    gradient_checkpointing: bool = False,
+    max_pixels: int | None = None,
+    revision: str | None = None,
+) -> tuple[nn.Module, Processor]:
+    """A model and its processor from `toy`, a folder or a hub id.
+
+    Only safetensors weights are read, and no code from a checkpoint is run. `max_pixels` bounds
+    every image (28 * 28 pixels make a visual token in Qwen2-VL). By default the checkpoint's own
+    limit holds, at most `MAX_PIXELS`. Raises UserError if the checkpoint is missing, damaged or
+    incomplete, or if it is not a Qwen-VL.
+    """
+    folder, commit = locate_checkpoint(name, revision)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        if config.model_type not in FAMILIES:
+            families = ", ".join(FAMILIES)
+            raise UserError(f"{name} is a {config.model_type} model. Valid: {families}")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = tokenizer.chat_template or chat_template(folder)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise UserError(
+            f"the weights of {name} are damaged ({error}): delete {folder} and get them again"
+        ) from error
+    except (OSError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"cannot load the model {name!r}: {line}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{name} lacks {len(missing)} weights, {', '.join(missing[:3])} among them. Are they "
+            "named as transformers names them? (Merge adapters before saving.)"
+        )
+    model.hub_commit = commit
+    use_packed_attention(model)
+    limit_pixels(image_processor, max_pixels)
+    end_ids = settle_generation(model, tokenizer)
+    freeze_part(model, freeze)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, Processor(tokenizer, image_processor, end_ids)
+
+
+def load_for_training(options: TrainingOptions, checkpoint: Path | None):
+    """The checkpoint that is resumed, or the model that was asked for."""
+    if checkpoint and run_config(str(checkpoint)).get("lora_rank", 0) != options.lora_rank:
+        raise UserError(f"{checkpoint} was not trained with --lora_rank {options.lora_rank}")
+    if options.lora_rank:  # a checkpoint's adapters belong to the unmerged model
+        checkpoint = None
+    return load_policy(
+        str(checkpoint or options.model),
+        freeze=options.freeze,
+        gradient_checkpointing=options.gradient_checkpointing,
+        max_pixels=options.max_pixels,
+        revision=None if checkpoint else options.revision,
+    )
+
+
+def load_reference(options: TrainingOptions, accelerator: Accelerator) -> nn.Module | None:
+    """The model that the run started from, frozen; None without KL."""
+    if not options.beta:
+        return None
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    reference, _ = load_policy(options.model, dtype=dtype, revision=options.revision)
+    return reference.requires_grad_(False).eval().to(accelerator.device)
+
+
+def locate_checkpoint(name: str, revision: str | None) -> tuple[Path, str | None]:
+    """The checkpoint's folder, and the commit on the hub that it or its training started from."""
+    if name == "toy":
+        return TOY_CHECKPOINT, None
+    if Path(name).is_dir():
+        return Path(name), run_config(name).get("model_commit")
+    if not HUB_ID.fullmatch(name):
+        raise UserError(f"cannot load the model {name!r}: there is no such folder")
+    folder = download(name, "model", FILES, revision)
+    return folder, folder.name
+
+
+def chat_template(folder: Path) -> str | None:
+    """Older checkpoints keep the chat template in a file that the tokenizer does not read."""
+    path = folder / "chat_template.json"
+    return json.loads(path.read_text())["chat_template"] if path.exists() else None
+
+
+def limit_pixels(image_processor, max_pixels: int | None) -> None:
+    """Set the size that the processor reads when it is called. `max_pixels` alone has no effect."""
+    size = image_processor.size  # pixel counts
+    longest = max_pixels or min(MAX_PIXELS, size["longest_edge"])
+    shortest = min(size["shortest_edge"], longest)
+    image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
+
+
+def settle_generation(model: nn.Module, tokenizer) -> list[int]:
+    """Make the generation config one that can be saved. Returns the ids that end a completion."""
+    config = model.generation_config or GenerationConfig()
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if tokenizer.chat_template and "<|im_start|>" not in tokenizer.chat_template:
+        # The base checkpoint's template has no roles. It ends a text, not a turn.
+        config.eos_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    try:
+        config.validate(strict=True)
+    except ValueError:  # Qwen publishes top_k without do_sample, which cannot be saved
+        kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+        config = GenerationConfig(**{name: getattr(config, name) for name in kept})
+    model.generation_config = config
+    ends = config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+
+
+def freeze_part(model: nn.Module, part: str) -> None:
+    """Stop training `vision` (tower and merger) or `language` (layers, embeddings and head)."""
+    parts = {
+        "none": [],
+        "vision": [model.model.visual],
+        "language": [model.model.language_model, model.lm_head],
+    }
+    for module in parts[part]:
+        module.requires_grad_(False)
+
+
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Trainable and frozen parameters: {"vision": (trainable, frozen), "language": (…)}."""
+    counts = {"vision": [0, 0], "language": [0, 0]}
+    vision = {id(p) for p in model.model.visual.parameters()}
+    for parameter in model.parameters():
+        part = "vision" if id(parameter) in vision else "language"
+        counts[part][not parameter.requires_grad] += parameter.numel()
+    return {part: tuple(both) for part, both in counts.items()}
+
+
+def save_policy(model: nn.Module, processor: Processor, folder: str | Path, weights=None) -> None:
+    """A complete Hugging Face folder: safetensors, config, tokenizer, image processor."""
+    model.save_pretrained(folder, state_dict=weights)
+    processor.save_pretrained(folder)

@@ -1,0 +1,198 @@
+"""Texts as words, and the values among them.
+
+`words("The box: 2√{3} CM²")` is " box  3.46410161513775  cm2 ": lower case, no punctuation, no
+articles, and every value in plain text, Unicode or LaTeX as one decimal number. Each word stands
+between spaces, so that `in` finds one text in another at the boundaries of words. " . " separates
+sentences.
+"""
+
+import ast
+import math
+import re
+from functools import lru_cache
+from unicodedata import normalize
+
+MAX_TEXT = 6000  # characters; only the two ends of a longer text are read
+
+NEGATION = re.compile(
+    " (?:not|no|never|neither|nor|none|non|cannot|except|instead|opposite|wrong|incorrect|false) "
+)
+# Beside one of these a number is not the value: "3 + x", "more than 3", "sin 30".
+VOIDS_NUMBER = re.compile(
+    NEGATION.pattern
+    + r"| (?:[+^/±≤≥<>\\]|pi|sqrt|cbrt|sin|cos|tan|log|ln|than|more|less|fewer|least|most) "
+)
+
+
+@lru_cache(maxsize=256)  # the completions of a group share their row
+def words(text: str) -> str:
+    """`text` as words, in the format that the top of this file describes."""
+    if len(text) > MAX_TEXT:
+        text = text[: MAX_TEXT // 2] + "\n" + text[-MAX_TEXT // 2 :]
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", text.translate(FOLD))
+    text = re.sub(r"[^\S\n]+", " ", re.sub(r"(?<=\d)[¼-¾⅐-⅞]", r" \g<0>", text))
+    # Character by character: normalising a whole text is quadratic in its combining marks.
+    folded = {ord(c): folded for c in set(text) if len(folded := normalize("NFKC", c)) <= 3}
+    text = re.sub(ARTICLE, " ", text.translate(folded)[: 2 * MAX_TEXT]).lower()
+    for pattern, replacement in REWRITES:
+        text = re.sub(pattern, replacement, text)
+    tokens = ((match["value"], match[0]) for match in TOKEN.finditer(text))
+    return "".join(f" {_number(value) if value else word} " for value, word in tokens)
+
+
+def values(text: str) -> list[tuple[str, str]]:
+    """Number and unit of each value in `text`, which `words` made. The unit is what follows."""
+    found = []
+    for sentence in text.split(" . "):
+        void = VOIDS_NUMBER.search(sentence)
+        for number, unit in VALUE.findall(sentence):
+            unit = re.sub(r"(?<=\w\w\w)s\b", "", " ".join(unit.split()))  # without the plural
+            found.append(("nan" if void or "?" in number else number, unit))
+    return found
+
+
+def agree(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether two values have equal numbers, and one unit or none on one side. 50% is also 0.5."""
+    (a, unit_a), (b, unit_b) = one, other
+    if any(x != y for x, y in zip(unit_a.split(), unit_b.split(), strict=False)):
+        return False
+    as_shares = [float(n) / (100 if unit == "%" else 1) for n, unit in (one, other)]
+    return any(math.isclose(*pair, rel_tol=1e-6) for pair in [(float(a), float(b)), as_shares])
+
+
+# --- values ---------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _number(expression: str) -> str:
+    """The value of `expression` as a decimal number, or `expression` after a "?" if it has none.
+
+    A sum of two plain numbers has none: "3-4" is a range and "1 + 1" an unfinished calculation.
+    """
+    unclosed = expression.count("(") - expression.count(")")
+    source = expression.lstrip("+").removeprefix("(" * unclosed).removesuffix(")" * -unclosed)
+    try:
+        if len(source) <= 200:
+            tree = ast.parse(source.strip().replace("^", "**"), mode="eval")
+            if math.isfinite(value := _evaluate(tree.body)):
+                return f"{value:.15g}"
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        pass
+    return "?" + expression.replace(" ", "")
+
+
+def _evaluate(node: ast.expr) -> float:
+    """Evaluate numbers, pi, roots and arithmetic. Floats bound the size and time of a power."""
+    match node:
+        case ast.Constant(int() | float() as number):
+            return float(number)
+        case ast.Name("pi"):
+            return math.pi
+        case ast.Call(ast.Name("sqrt" | "cbrt" as root), [operand]):
+            return getattr(math, root)(_evaluate(operand))
+        case ast.UnaryOp(ast.USub(), operand):
+            return -_evaluate(operand)
+        case ast.BinOp(ast.Constant(), ast.Add() | ast.Sub(), ast.Constant()):
+            raise ValueError("a range or a calculation")
+        case ast.BinOp(left, ast.Add(), right):
+            return _evaluate(left) + _evaluate(right)
+        case ast.BinOp(left, ast.Sub(), right):
+            return _evaluate(left) - _evaluate(right)
+        case ast.BinOp(left, ast.Mult(), right):
+            return _evaluate(left) * _evaluate(right)
+        case ast.BinOp(left, ast.Div(), right):
+            return _evaluate(left) / _evaluate(right)
+        case ast.BinOp(left, ast.Pow(), right):
+            return math.pow(_evaluate(left), _evaluate(right))
+    raise ValueError("not arithmetic")
+
+
+# --- one spelling for each word and value ---------------------------------------------------------
+
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+ONES = f"{ONES} fifteen sixteen seventeen eighteen nineteen".split()
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBERS = {word: i for i, word in enumerate(ONES)} | {w: 10 * i for i, w in enumerate(TENS, 2)}
+LARGE = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+SMALL = rf"(?:(?:{'|'.join(TENS)})[- ](?:{'|'.join(ONES[1:10])})|{'|'.join([*ONES, *TENS])})\b"
+NUMBER_WORDS = rf"\b(?:(?:{SMALL} )?(?:{'|'.join(LARGE)})\b(?: (?:and )?{SMALL})?|{SMALL})"
+
+
+def _digits(match: re.Match) -> str:
+    """Number words as digits, such as "105" for "one hundred and five"."""
+    total = 0
+    for word in re.split("[ -]", match[0]):
+        total = max(total, 1) * LARGE[word] if word in LARGE else total + NUMBERS.get(word, 0)
+    return str(total)
+
+
+FOLD = str.maketrans("’º˚。−–‐‑", "'°°.----", "\u200b\ufeff")
+# The "a" of "a chair", "a 3D view" and of a text cut off after "there is a" is no option's letter.
+# It is one in "a", "option a", "A is closer", "A or B" and "A left".
+ARTICLE = (
+    r"(?<![Oo]ption )(?<![Cc]hoice )(?<![Aa]nswer )(?:"
+    r"\b(?<!<)[AaI] +(?=['\"`*“‘]*[^\W\d_]{2}|\d+[-A-Za-z])"
+    r"(?!(?i:is|was|and|or|nor|vs|because)\b)"
+    r"(?!(?i:left|right|above|below|yes|no|true|false)\b(?! +\w))"
+    r"|(?<=\w )(?<!nswer is )a\s*\Z)"
+)
+REWRITES = [  # applied in this order
+    (r"(?:\b[a-z])?'(?:s|d|m|ll|re|ve)\b|\b[a-z]'(?=[a-z])|\b(?:e\.g|i\.e|the|an)\b", " "),
+    (r"</\w[^<>]*>|<\w[^<>]*>(?=[^<])", " "),  # HTML
+    (r"n't\b|ない|ません|[不没非]|아니", " not "),
+    (r"\bno +(?=[^\W\d_])", "not "),  # "no chairs" does not state "no"
+    (NUMBER_WORDS, _digits),
+    (r"\b(?:one |1 |a )?half\b", "1/2"),
+    (r"\b(?:minus|negative) ", "-"),
+    (r"\b([ap])\.m\b\.?", r"\1m"),
+    (r"\^?\{?\\circ\}?|(?<=\d) ?deg(?:rees?)?\b|度", "°"),
+    (r"(?<=\d) ?percent\b", "%"),
+    (r"\b(?:([ckm])(?:enti|ilo|illi))?met(?:er|re)s?\b", r"\1m"),
+    ("厘米", " cm "),
+    ("米", " m "),
+    (r"(?:square|平方) *([ckm]?m)\b", r"\1^2"),
+    (r"\\times|\\cdot|[×·⋅]| x(?= ?10 ?\^)", "*"),
+    (r"(?<=\d)\*\*(?=\d)", "^"),
+    (r" squared\b", "^2"),
+    (r"(?<=\d) ?([xyz])\b", r"^\1"),  # "3x" is not 3
+    (r"\A([^$]*)\$ ?([\d.,]*\d)([^$]*)\Z", r"\1\2 dollar\3"),  # one $ is not LaTeX
+    (r"([€£¥]) ?([\d.,]*\d)", r"\2 \1"),
+    (r"√|\\sqrt|\b(?:square )?root(?: of)? ", "sqrt"),
+    (r"π|\\pi\b", "pi "),
+    (r"\\[dtc]?frac *(\d) *(\d)", r"\\frac{\1}{\2}"),
+    (r"sqrt\[3\]|∛", "cbrt"),
+    *2  # for a root in a fraction and a fraction in a root
+    * [
+        (r"(sqrt|cbrt|\^) *(?:\{([^{}]*)\}|(-?\d+(?:\.\d+)?|pi\b))", r"\1(\2\3)"),
+        (r"\\[dtc]?frac *\{([^{}]*)\} *\{([^{}]*)\}", r"((\1)/(\2))"),
+    ],
+    (r"(?<![\d.])(\d+) *\(\((\d+)\)/\((\d+)\)\)", r"(\1+\2/\3)"),  # 2\frac{1}{2}
+    (r"(?<![\d.])(\d+) +(\d+)[/⁄](\d+)\b", r"(\1+\2/\3)"),  # 2½
+    (r"\{,\}", ","),
+    (r"\\(?!frac)[a-z]+\{([^{}]*)\}", r"\1"),  # \text{cm}
+    (r"\\(?!frac)(?:[a-z]+|[;:! ])?|\*\*|\$", ""),
+    (r"(?<=\d),(?=\d{3}(?!\d))", ""),
+    (r"(?<![\d.])0+(?=\d)", ""),
+    (r" *\{", "("),
+    (r"\}", ")"),
+    (r"⁄", "/"),
+    (r"(?<=[a-z])(?<!pi)\^\(?(-?\d)\)?\^?", r"\1"),  # cm^2
+    (r"(\d\)? ?[a-z]+)(?:/| per )(?=[a-z])", r"\1per"),  # m/s
+    (r"(?<=\d)[a-f]\b(?![-+])", ""),  # the letter of "3D" is no option's
+    ("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af])", r" \1 "),
+    (r"[!?;\n]+|\.(?!\d)", " . "),
+    (r" +|\s", " "),
+    (r"(?<=[\d)i]) ?(?=pi\b|sqrt\(|cbrt\()|(?<=[\d)])(?=\()|(?<=\))(?=\d)", "*"),
+]
+NUMERAL = r"(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?"
+TERM = rf"(?:-?(?:sqrt|cbrt)?\(\ ?){{0,9}}-?(?:{NUMERAL}|pi\b)(?:\ ?\)){{0,9}}"
+TOKEN = re.compile(
+    rf"""
+      (?P<value> (?<![\w.]) (?:(?<!\))\+)? {TERM} (?:(?:\ ?[-+*/^]\ ?|\ (?=\d)) {TERM})* (?!\.\d) )
+    | [^\W_]+(?:\.\d+)*                       # a word, a version "1.2.3"
+    | [^\w\s,:'"`*()\[\]_#&|~«»“”‘「」『』【】《》、-]  # a symbol
+    """,
+    re.VERBOSE,
+)
+STOP = r"(?:[.#]|is|are|was|in|on|of|because|since|so) "  # ends the words of a unit
+VALUE = re.compile(rf" (-?{NUMERAL}|\?\S+) ((?: (?!{STOP}|[?]|-?\d)\S+ )*)")

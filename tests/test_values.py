@@ -1,0 +1,139 @@
+"""Open answers and the values in texts, in every form that models write them."""
+
+import pytest
+
+from core.values import agree, values, words
+from rewards import accuracy_reward, is_correct, stated_value
+
+# fmt: off
+# The answer to an open question, whether a text is right, and texts.
+OPEN = [
+    ("140°", 1, "140", "140°", "140.0", "140 degrees", "140 deg", "140º", r"140^\circ",
+     r"$140^{\circ}$", "x = 140", "∠ABC = 140°", "The answer is 140.", "１４０", "140度"),
+    ("140°", 0, "14", "-140", "1400", "140.5", "140 or 40", "180 - 40 = 140", "not 140", "(A)", "",
+     "140 cm", "140%"),
+    ("20°C", 1, "20 °C", "20", "20°"),
+    ("20°C", 0, "20°F", "21°C"),
+    ("3", 1, "3", "three", "3 chairs", "3.000", "There are three.", "03", "+3", r"\boxed{3}"),
+    ("3", 0, "3 or 4", "√3", "3π", "minus three", "33", "3 million", "C", "3²", "cos 3", "± 3",
+     "at least 3", "3 more", "> 3", "v1.3"),
+    # what computes on is no number
+    ("3", 0, "1 + 1 = 3", "2 + 1 = 3", "2 + 1", "3-4", "3 of 5", "3 + x", "x + 3", "3x", "3/x"),
+    ("6", 0, "2 x 3 = 6", "2 × 3 = 7", "3 + 3 = 6", "6.0 + PE + PF", "12 - 6 = 6"),
+    ("1000", 1, "1000", "1,000", "1000.0", "１，０００", "a thousand", "$1,000$", r"1\,000",
+     "1{,}000", "1e3", "1E3", "1.0e+3", "10^3", "10**3", "10³", r"10^{3}", "1 x 10^3",
+     r"1 \times 10^{3}"),
+    ("1000", 0, "1.000", "1,00", "1 000", "10,00", "1,000,000", "2 thousand", "1", "1e4", "1e-3"),
+    ("-5", 1, "-5", "−5", "–5", "-5.0", "$-5$", "x=-5", "minus 5", "negative five"),
+    ("-5", 0, "5", "- 6", "10-5", "five"),
+    ("0", 1, "0", "zero", "-0", "0.0"),
+    ("0", 0, "none", "O", "1e-9", ""),
+    ("21", 1, "twenty one", "Twenty-one", "21.0"),
+    ("21", 0, "twenty", "one", "20, 1", "twenty or one", "twenty two"),
+    ("105", 1, "one hundred and five", "one hundred five"),
+    # fractions and percent
+    (r"\frac{1}{2}", 1, "1/2", "0.5", ".5", r"\frac12", r"\dfrac{1}{2}", r"$\frac{1}{2}$", "½",
+     "50%", "half", "one half", "2/4", "5e-1", "1 / 2", r"\frac{1.0}{2.0}", r"\boxed{\frac{1}{2}}"),
+    (r"\frac{1}{2}", 0, "2", "1", "1/3", "0.51", "1/2 or 1/3", "-1/2", "1 2", "1:2", "0{1}{2}",
+     r"\frac{2}{1}"),
+    ("2.5", 1, "2½", "2 1/2", r"2\frac{1}{2}", "5/2"),
+    ("2.5", 0, "2", "1/2", "2 or 1/2"),
+    ("-2.5", 1, "−2½", r"-2\frac{1}{2}", "-5/2"),
+    ("-2.5", 0, "-1.5", "2½", "-2"),
+    ("50%", 1, "50 %", "50", "50 percent", r"50\%", "0.5", "1/2"),
+    ("50%", 0, "5%", "0.5%", "50 m", "50°"),
+    ("1/3", 1, "0.3333333"),
+    ("1/3", 0, "0.3333", "0.33"),
+    # roots, powers and pi
+    ("2√3", 1, "2√3", "2 √3", "$2√3$", "(2√3)", "The answer is 2√3.", "2√{3}", r"2\sqrt{3}",
+     r"2 \sqrt{3}", "2sqrt(3)", "2 * sqrt(3)", "2*√3", "sqrt(12)", "√12", "2 root 3", "3.4641016"),
+    ("2√3", 0, "2", "3", "23", "2√3 or 3√2", "√3", "3.46", "2√13", "2+√3", "3√2", "2 * 3"),
+    ("(√{3}+1)小时", 1, "1+√3", "(√3+1)小时", r"\sqrt{3} + 1", "2.7320508"),
+    ("(√{3}+1)小时", 0, "√3", "√3-1", "√4"),
+    (r"\frac{3√{5}}{2}", 1, "3√5/2", "(3√5)/2", r"\frac{3}{2}\sqrt{5}", "1.5√5"),
+    (r"\frac{3√{5}}{2}", 0, "3√5", "3/2", "√5/2"),
+    (r"\sqrt{\frac{1}{4}}", 1, "1/2", "sqrt(1/4)"),
+    (r"\sqrt[3]{8}", 1, "2", "∛8", "8^(1/3)"),
+    ("π/4", 1, r"\frac{\pi}{4}", "pi/4", "0.25π", "( π ) / 4"),
+    ("12π", 1, "12pi", "12 pi", r"12\pi", "12*pi", "12 * π", "π*12", r"4\pi \cdot 3", "37.699112"),
+    ("12π", 0, "12", "π", "37.7", "12π²", "12+π", "1.2π", "12π - 1"),
+    ("12πcm^{2}", 1, "12π cm^2", "12πcm²", "12π", r"12\pi \text{ cm}^2",
+     "12π square centimeters"),
+    ("12πcm^{2}", 0, "12π cm", "12π m²", "12 cm²"),
+    ("x^2", 1, "x²", "x^{2}"),
+    ("x^2", 0, "x^3", "x", "2"),
+    # a unit may be missing and may not differ
+    ("7 am", 1, "7 am", "7am", "7 AM", "7", "7 a.m.", "seven am"),
+    ("7 am", 0, "7 pm", "7pm", "7 p.m.", "8 am"),
+    ("5 m", 1, "5 m", "5m", "5", "5 meters", "five metres", r"5\text{ m}", "5米",
+     "It is 5 m long."),
+    ("5 m", 0, "5 cm", "5cm", "5 m^2", "5 square meters", "5 km", "5 feet", "5 m/s", "5 厘米"),
+    ("5cm^2^", 1, "5 cm²", "5"),
+    ("2 cats", 1, "2 cats", "2", "two cats", "There are 2 cats.", "2 cats in the image", "2 cat"),
+    ("2 cats", 0, "2 dogs", "3 cats", "two dogs", "2 cats and 1 dog"),
+    ("$5", 1, "5", "5 dollars", "$5.00"),
+    ("$5", 0, "€5", "$50", "5 cents"),
+    # not values: compared by their words
+    ("red", 1, "red", "Red.", "the red", "The answer is: **red**.", r"\boxed{red}", "it is red",
+     "「red」"),
+    ("red", 0, "not red", "red and blue", "blue", "", "infrared", "the"),
+    ("3:4", 1, "3:4", "3 : 4"),
+    ("3:4", 0, "3", "4", "4:3"),
+    ("(3,4)", 1, "(3, 4)"),
+    ("(3,4)", 0, "(4,3)", "3", "34"),
+    ("3-4", 1, "3 - 4"),
+    ("3-4", 0, "5-6", "-1", "3"),
+    ("C++", 0, "C"),
+    ("→", 1, "→"),
+    ("→", 0, "←", ""),
+    ("1e400", 0, "1", "inf", "1e399"),
+    ("9^9^9^9", 0, "9", "9^9", "8^9^9^9"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    "answer, right, text", [(answer, right, t) for answer, right, *texts in OPEN for t in texts]
+)
+def test_an_open_answer_is_right_if_its_value_is_and_its_unit_does_not_contradict(
+    answer, right, text
+):
+    row = {"options": [], "answer": answer}
+    assert accuracy_reward(f"so</think><answer>{text}</answer>", row) == right
+    assert is_correct(text.strip(), row) == bool(right)
+
+
+def test_every_open_answer_is_right_itself():
+    for answer, *_ in OPEN:
+        assert is_correct(answer, {"options": [], "answer": answer})
+
+
+def test_a_free_text_states_the_only_value_in_it():
+    assert stated_value("There are 3 dogs.") == stated_value("Three.") == "3"
+    assert stated_value("about 1,250.50 m") == "1250.5 m" and stated_value("It is 7 p.m.") == "7 pm"
+    assert stated_value("-0.0") in ("0", "-0") and stated_value(".5") == "0.5"
+    assert stated_value("Forty-two!") == "42" and stated_value("twelve") == "12"
+    assert stated_value("1 and 1.0 and one") == "1"
+    for text in ("none", "No dogs", "1 2", "b2", "3 dogs and 2 cats", "not 3", "1 + 1", ""):
+        assert stated_value(text) is None
+
+
+def test_numbers_equal_to_a_millionth_are_equal_and_huge_ones_raise_nothing():
+    row = {"options": [], "answer": "9" * 150}
+    assert is_correct("9" * 150 + ".0", row) and not is_correct("9" * 149, row)
+    assert is_correct("1000000.5", {"options": [], "answer": "1000000"})
+    assert not is_correct("1000002", {"options": [], "answer": "1000000"})
+    for text in ("9" * 100_000, "1e999", "inf", "nan", "9**9**9**9", "1/0", "(" * 200, "√-1"):
+        assert accuracy_reward(f"<answer>{text}</answer>", {"options": [], "answer": "3"}) == 0
+
+
+def test_only_arithmetic_is_evaluated():
+    for text in ("len('abc')", "3 if 1 else 0", "[3][0]", "__import__('os').getpid()", "3 or 1"):
+        assert not is_correct(text, {"options": [], "answer": "3"})
+
+
+def test_text_becomes_words_with_one_decimal_number_for_each_value():
+    assert words("The box: 2√{3} CM²") == " box  3.46410161513775  cm2 "
+    assert words("He isn't 21-2. It's 3D!") == " he  is  not  ?21-2  .  it  3  . "
+    assert values(words("two cats, 5 km/h")) == [("2", "cat"), ("5", "kmperh")]
+    assert agree(("50", "%"), ("0.5", "")) and not agree(("0.5", "%"), ("50", ""))
