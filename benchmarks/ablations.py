@@ -1,252 +1,226 @@
-"""Ablations on the toy world: change one thing, three seeds, and see what becomes of the run.
+"""Ablations on the toy world: change one thing about the default run and measure what changes.
 
-    python benchmarks/ablations.py                  # all, then docs/ablations.md and its pictures
-    python benchmarks/ablations.py beta-0.2 g-2     # some of the runs
+    python benchmarks/ablations.py                             # all rows, then docs/ablations.md
+    python benchmarks/ablations.py --only dapo g-16 --seeds 0
+    python benchmarks/ablations.py --write                     # only the page, from kept results
 
-Every run is `grpo.py` with the flags below, in `outputs/ablations/<name>-<seed>`; those of CHANGES
-run a copy of the source with one of the diffs of docs/grpo.md applied. A finished run is not
-repeated, so an interrupted series goes on where it was. Runs go side by side, one thread each.
+The rows are in benchmarks/ablations.yaml: `grpo.py` with some flags or with a diff of docs/diffs/.
+Runs go to outputs/ablations/<row>-<seed>, side by side, one thread each. A finished run is not
+repeated. What the page needs is kept in docs/ablations/results.json. After a change of the
+defaults, delete the runs, write {} into that file, and measure again.
 """
 
 import argparse
 import json
+import math
 import os
-import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean, stdev
 
-import matplotlib
-import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import report  # noqa: E402
+from benchmarks.readme import WINDOW, windows  # noqa: E402
+from grpo import GRPOOptions  # noqa: E402
 
-RUNS, DOCS = Path("outputs/ablations"), Path("docs")  # under ROOT, where everything runs
-SEEDS = (0, 1, 2)
-COMMON = "--max_steps 60 --eval_steps 5 --eval_rows 100 --save_steps 0"
-SFT = "--max_steps 30 --eval_steps 0 --save_steps 0"  # of the run that {sft} stands for
-GOAL = 0.9  # held-out accuracy whose first update is counted
-ABLATIONS = {  # what is changed: the runs that change it, and their flags
-    "Default": {"default": ""},
-    "Loss type": {kind: f"--loss_type {kind}" for kind in ("bnpo", "dr_grpo", "dapo")},
-    "Scaling of the advantages": {
-        f"scale-{kind}": f"--scale_rewards {kind}" for kind in ("batch", "none")
-    },
-    "KL to the reference": {f"beta-{beta}": f"--beta {beta}" for beta in (0.04, 0.2)},
-    "Completions per prompt": {f"g-{g}": f"--num_generations {g}" for g in (2, 4, 16)},
-    "Updates per rollout": {
-        "iterations-4": "--num_iterations 4",
-        "clip-higher": "--num_iterations 4 --epsilon_high 0.28",
-    },
-    "Rewards": {
-        "accuracy-only": "--rewards accuracy",
-        "length-reward": "--rewards accuracy format length",
-    },
-    "What is trained": {f"frozen-{part}": f"--freeze {part}" for part in ("vision", "language")},
-    "Start": {"sft-first": "--model {sft}"},
+RUNS = ROOT / "outputs" / "ablations"
+DOCS = ROOT / "docs"
+KEPT = DOCS / "ablations"  # results.json and the pictures
+COMMON = "--eval_steps 100 --save_steps 0 --log_groups 0"  # what is written, not what is trained
+SECTIONS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+ROWS = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
+RATES = {"half_rate": GRPOOptions.learning_rate / 2, "double_rate": GRPOOptions.learning_rate * 2}
+COLUMNS = {  # key in results.json -> heading, digits
+    "half": ("updates to half looking again", 0),
+    "accuracy": ("sampled accuracy", 2),
+    "shortest": ("shortest length", 1),
+    "shortest_update": ("at update", 0),
+    "length": ("final length", 1),
+    "again": ("looking again", 2),
+    "greedy": ("greedy accuracy", 2),
 }
-CHANGES = {  # the diffs under "Change this line", in their order: flags, the run to compare with
-    "no-clip": ("--num_iterations 4", "iterations-4"),
-    "no-baseline": ("", "default"),
-    "kl-k2": ("--beta 0.04", "beta-0.04"),
-    "pay-for-brevity": ("--rewards accuracy format short", "default"),
-    "crowded-world": ("", "default"),
-}
-FLAGS = {name: flags for runs in ABLATIONS.values() for name, flags in runs.items()}
-FLAGS |= {name: flags for name, (flags, _) in CHANGES.items()}
-# Two sentences for each, without numbers: those are the table's.
-LEARNED = """\
-default: Greedy answers guess until looking first has become the likelier habit, then nearly all
-of them look at once: accuracy and length jump together. Sampled answers change gradually all
-along, which is where the learning happens.
-
-bnpo: A mean over all tokens, where `grpo` takes a mean within each completion first, gives the
-tokens of a long completion the weight of those of a short one. Looking is long, so it is learned
-sooner.
-
-dr_grpo: A constant divisor weighs long completions in the same way, and the jump comes sooner
-than with `grpo` too. Its gradient is several times smaller, which AdamW does not notice.
-
-dapo: In one process this is `bnpo`: both divide by the same tokens, and the runs are the same.
-They part where several processes hold different numbers of tokens.
-
-scale-batch: The curves of the default: all questions here are about equally hard, so the batch's
-spread is the groups'. That this makes no difference would not carry over to a mixture of trivial
-and hopeless questions.
-
-scale-none: Not dividing at all, as Dr. GRPO advises, halves the gradient and costs nothing here.
-With AdamW the scale of the advantages is mostly a matter of taste.
-
-beta-0.04: The paper's weight gives the same curves as none at all. It costs a reference model and
-a forward pass with it.
-
-beta-0.2: Five times that weight delays the jump a little and does not prevent it. The base model
-knows how to look, so choosing to do so is a small step in KL.
-
-g-2: Two completions mostly score the same, and then their group teaches nothing; looking spreads
-among the samples, but within these updates it seldom becomes the likeliest. It is also given a
-quarter of the default's completions, so this compares updates and not samples.
-
-g-4: Half the completions for nearly the same curve. It is the cheapest setting that works here.
-
-g-16: Twice the completions, and no gain at the same learning rate. The mean of eight is a good
-enough baseline.
-
-iterations-4: Four updates per rollout learn as much from a quarter of the sampling. The ratio
-moves away from one now, and the clip has something to do.
-
-clip-higher: A higher upper clip (DAPO) makes no difference where so few tokens reach even the
-usual one. It is meant for runs whose entropy collapses, and these are too short for that.
-
-accuracy-only: The base model is nearly always well formed, so the format reward tells completions
-apart only now and then. Without it looking is learned as fast or faster.
-
-length-reward: Paying for words speeds up looking, which here is the only way to write more. The
-paper found such a reward ineffective: a 2B model can fill the space with anything, the toy model
-cannot, so the toy world cannot test this.
-
-frozen-vision: The tower sees what matters before GRPO begins, so freezing it changes nothing. The
-paper's Instruct model did best with it frozen.
-
-frozen-language: Without the language model there is no way to change a habit, and the model goes
-on guessing. The paper's Instruct model gained this way as well: real images leave more to see
-than these.
-
-sft-first: After SFT on bare answers the model writes no tags, and GRPO must find the format
-before it can find looking: by the last update that has begun in every seed and ended in none. The
-paper saw trivial reasoning when it started from Instruct models; here it looks delayed rather than
-lost, which so few updates do not prove."""
 
 
-def train(script: str, flags: str, seed: int, out: Path) -> None:
-    """Run a stage to its end, unless that was done; its last words end this script."""
+def flags_of(name: str) -> str:
+    return ROWS[name].get("flags", "").format(**RATES)
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def train(name: str, seed: int) -> str:
+    """Train unless that was done. Returns a line on how it went."""
+    out, began = RUNS / f"{name}-{seed}", time.perf_counter()
     if (out / "final").exists():
-        return
-    argv = [sys.executable, script, *flags.split(), "--seed", str(seed)]
-    argv += ["--output_dir", str(out), "--overwrite"]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, env=one_thread, capture_output=True, text=True)
+        return f"{out.name}: kept"
+    with tempfile.TemporaryDirectory() as copy:
+        argv = [sys.executable, "grpo.py", *COMMON.split(), *flags_of(name).split()]
+        argv += ["--seed", str(seed), "--output_dir", str(out), "--overwrite"]
+        source = changed_source(name, Path(copy)) if "diff" in ROWS[name] else ROOT
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(argv, cwd=source, env=env, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{out.name}: {done.stderr.strip().splitlines()[-1]}")
-    print(f"{out.name}: done", flush=True)
+        return f"{out.name}: FAILED\n{done.stderr[-2000:]}"
+    return f"{out.name}: {time.perf_counter() - began:.0f} seconds"
 
 
-def changed_source(name: str) -> Path:
-    """A copy of the source with the diff applied."""
-    text = (DOCS / "grpo.md").read_text()
-    diffs = re.findall(r"^```diff\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    folder = RUNS / f"{name}-source"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree("assets", folder / "assets")
-    for path in Path().glob("*.py"):
+def changed_source(name: str, folder: Path) -> Path:
+    """Copy what `grpo.py` needs into the folder and apply the row's diff."""
+    for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    diff = diffs[list(CHANGES).index(name)]
-    # without the repository around it, git would leave out the paths that the repository ignores
-    alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent.resolve())}
-    subprocess.run(["git", "apply", "-"], cwd=folder, input=diff, text=True, check=True, env=alone)
+    for package in ("core", "toy"):
+        shutil.copytree(ROOT / package, folder / package)
+    diff = DOCS / "diffs" / ROWS[name]["diff"]
+    subprocess.run(["git", "apply", str(diff)], cwd=folder, check=True)
     return folder
 
 
-def run(name: str, seed: int) -> None:
-    sft, out = (RUNS / f"{run}-{seed}" for run in ("sft", name))
-    if "{sft}" in FLAGS[name]:
-        train("sft.py", SFT, seed, sft)
-    script = str(RUNS / f"{name}-source" / "grpo.py") if name in CHANGES else "grpo.py"
-    train(script, f"{COMMON} {FLAGS[name].format(sft=sft / 'final')}", seed, out)
+def measure(folder: Path) -> dict[str, float]:
+    """The columns of a finished run. `half` is missing if the run never reached it."""
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    length = windows(metrics, "completions/mean_length")
+    again = windows(metrics, "completions/reflection")
+    reached = [i + WINDOW for i, share in enumerate(again) if share >= 0.5]
+    return dict(zip(["half"], reached, strict=False)) | {
+        "accuracy": windows(metrics, "rewards/accuracy")[-1],
+        "shortest": min(length),
+        "shortest_update": length.index(min(length)) + WINDOW,
+        "length": length[-1],
+        "again": again[-1],
+        "greedy": metrics[-1]["eval/accuracy"],
+        "updates": metrics[-1]["step"],
+    }
 
 
-def metrics(name: str) -> list[list[dict]]:
-    """The metrics of each seed."""
-    runs = [(RUNS / f"{name}-{s}" / "metrics.jsonl").read_text().splitlines() for s in SEEDS]
-    return [[json.loads(line) for line in run] for run in runs]
+def finished(name: str) -> dict[str, Path]:
+    """The folders of a row's finished runs, by seed."""
+    folders = sorted(final.parent for final in RUNS.glob(f"{name}-[0-9]/final"))
+    return {folder.name[-1]: folder for folder in folders}
 
 
-def spread(values: list[float], digits: int) -> str:
-    std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{std}" if values else "never"
+def keep(results: dict) -> dict:
+    """Add every finished run to results.json, in the order of the rows, and draw the pictures."""
+    for name in ROWS:
+        for seed, folder in finished(name).items():
+            columns = {key: round(value, 4) for key, value in measure(folder).items()}
+            results.setdefault(name, {})[seed] = columns
+    results = {name: results[name] for name in ROWS if name in results}
+    (KEPT / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    for title, rows in SECTIONS.items():
+        names = [name for name in dict.fromkeys(["default", *rows]) if finished(name)]
+        if rows.keys() & names:
+            groups = [[report.read_run(run) for run in finished(name).values()] for name in names]
+            figure = report.figure(groups, names)
+            figure.savefig(picture(title), dpi=80, metadata={"Software": None})
+    return results
 
 
-def row(name: str) -> str:
-    """The run's row in the table."""
-    seeds = [[m for m in run if "eval/accuracy" in m] for run in metrics(name)]
-    steps = [[m["step"] for m in evals if m["eval/accuracy"] >= GOAL] for evals in seeds]
-    reached = [min(s) for s in steps if s]
-    few = f" ({len(reached)} of {len(SEEDS)} seeds)" if 0 < len(reached) < len(SEEDS) else ""
-    accuracy = spread([evals[-1]["eval/accuracy"] for evals in seeds], 3)
-    rewards = "rewards/accuracy"
-    sampled = [np.mean([m[rewards] for m in run[-10:] if rewards in m]) for run in metrics(name)]
-    length = spread([evals[-1]["eval/completion_length"] for evals in seeds], 1)
-    command = f"`grpo.py {FLAGS[name]}`".replace(" `", "`") + " with the diff" * (name in CHANGES)
-    cells = (name, command, accuracy, spread(sampled, 3), length, spread(reached, 0) + few)
-    return f"| {' | '.join(cells)} |"
+# --- the page ------------------------------------------------------------------------------------
 
 
-def picture(names: list[str], out: Path) -> None:
-    """Held-out accuracy and completion length over updates, mean ± std over the seeds."""
-    groups = [[report.read_run(RUNS / f"{name}-{seed}") for seed in SEEDS] for name in names]
-    with matplotlib.rc_context(report.STYLE):
-        figure = Figure((9, 3.2), layout="constrained", facecolor="white")
-        left, right = figure.subplots(1, 2)
-        report.draw(left, groups, "Held-out accuracy", "%", ["eval/accuracy"])
-        report.draw(right, groups, "Completion length (tokens)", "", ["eval/completion_length"])
-        lines = [Line2D([], [], color=colour) for colour in report.COLOURS[: len(names)]]
-        figure.legend(lines, names, loc="outside lower left", ncols=4)
-        figure.savefig(out, dpi=110, metadata={"Software": None})
+def picture(title: str) -> Path:
+    return KEPT / f"{title.lower().replace(' ', '-')}.png"
 
 
-def document() -> str:
-    learned = dict(text.split(": ", 1) for text in LEARNED.split("\n\n"))
-    text = f"""# Ablations
+def values(runs: dict[str, dict], key: str) -> list[float]:
+    """A column, by seed. A run that never reached half counts with its number of updates."""
+    return [run.get(key, run["updates"]) for run in runs.values()]
 
-Written by `make ablations`: one thing about the toy run is changed, and the rest left as it is.
-Every command has `{COMMON}` beside what the
-table says; `{{sft}}` is a run of `sft.py {SFT}`.
 
-Accuracy and length (tokens) are those of greedy answers to held-out questions after the last
-update, sampled accuracy that of the training samples of the last ten updates (of the last three
-rollouts where each serves four updates); mean ± sample standard deviation over {len(SEEDS)} seeds.
-The last column is the update of the first evaluation at {GOAL:.0%} or above; there is one
-every five updates. The last {len(CHANGES)} rows are the diffs under "Change this line" in
-[grpo.md](grpo.md), with their pictures there. Of curves that coincide the last one drawn is seen.
+def differs(results: dict, name: str) -> list[str]:
+    """The columns in which a row is more than two pooled standard deviations from the default."""
+    rows = results.get(name, {}), results.get("default", {})
+    if min(map(len, rows)) < 2:
+        return []
+    columns = []
+    for key in COLUMNS:
+        a, b = (values(runs, key) for runs in rows)
+        pooled = math.sqrt((stdev(a) ** 2 + stdev(b) ** 2) / 2)
+        columns += [key] * (abs(fmean(a) - fmean(b)) > 2 * pooled)
+    return columns
 
-| run | command | accuracy | sampled accuracy | length | updates to {GOAL:.0%} |
-|---|---|---|---|---|---|
-"""
-    text += "\n".join(map(row, FLAGS)) + "\n"
-    (DOCS / "ablations").mkdir(parents=True, exist_ok=True)
-    for name, (_, other) in CHANGES.items():
-        picture([other, name], DOCS / f"ablations/{name}.png")
-    for title, names in ABLATIONS.items():
-        file = f"ablations/{next(iter(names))}.png"
-        picture(list(dict.fromkeys(["default", *names])), DOCS / file)
-        text += f"\n## {title}\n\n![{title}]({file})\n"
-        text += "".join(f"\n**{name}.** {learned[name]}\n" for name in names)
-    return text
+
+def cell(runs: dict, key: str) -> str:
+    """Mean ± sample standard deviation over the seeds."""
+    digits, column = COLUMNS[key][1], values(runs, key)
+    spread = f" ± {stdev(column):.{digits}f}" if len(column) > 1 else ""
+    reached = sum(key in run for run in runs.values())
+    few = f" ({reached} of {len(runs)})" if reached < len(runs) else ""
+    return f"{fmean(column):.{digits}f}{spread}{few}" if reached else "never"
+
+
+def table(results: dict) -> str:
+    """One line per measured row. Cells that differ from the default are bold."""
+    if not results:
+        return "No row has been measured yet."
+    lines = [f"| row | {' | '.join(heading for heading, _ in COLUMNS.values())} |"]
+    lines += ["|---" * (len(COLUMNS) + 1) + "|"]
+    for name, runs in results.items():
+        cells = [cell(runs, key) for key in COLUMNS]
+        apart = differs(results, name)
+        cells = [f"**{c}**" if k in apart else c for k, c in zip(COLUMNS, cells, strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    count = sum(bool(differs(results, name)) for name in results)
+    lines += ["", f"{count} of {len(results)} measured rows differ from the default."]
+    if missing := [name for name in ROWS if name not in results]:
+        lines += ["", f"Not measured yet: {', '.join(missing)}."]
+    return "\n".join(lines)
+
+
+def sections(results: dict) -> str:
+    """For each measured row: its flags, the columns in which it differs, what one learns."""
+    paragraphs = []
+    for title, rows in SECTIONS.items():
+        measured = [name for name in rows if name in results]
+        paragraphs += [f"## {title}"] * bool(measured)
+        if measured and picture(title).exists():
+            paragraphs.append(f"![{title}](ablations/{picture(title).name})")
+        for name in measured:
+            command = f"`grpo.py {flags_of(name)}".rstrip() + "`"
+            if diff := rows[name].get("diff"):
+                command += f" with [{diff}](diffs/{diff})"
+            apart = [COLUMNS[key][0] for key in differs(results, name)]
+            verdict = f" Differs in: {', '.join(apart)}." if apart else ""
+            lesson = f" {rows[name].get('lesson', '')}".rstrip()
+            paragraphs.append(f"**{name}**: {command}.{verdict}{lesson}")
+    return "\n\n".join(paragraphs)
+
+
+def insert_results(page: str, results: dict) -> str:
+    """The page with the table and the sections between their markers."""
+    for name, text in (("rows", table(results)), ("sections", sections(results))):
+        before, marker, rest = page.partition(f"<!-- {name} -->\n")
+        page = before + marker + text + "\n<!-- end -->" + rest.partition("<!-- end -->")[2]
+    return page
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help=f"default all: {' '.join(FLAGS)}")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    args = parser.parse_args()
-    if unknown := [name for name in args.names if name not in FLAGS]:
-        parser.error(f"unknown: {' '.join(unknown)}; valid: {' '.join(FLAGS)}")
-    os.chdir(ROOT)
-    for name in set(CHANGES).intersection(args.names or FLAGS):
-        changed_source(name)
-    jobs = [(name, seed) for seed in SEEDS for name in args.names or FLAGS]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: run(*job), jobs))
-    if not args.names:
-        (DOCS / "ablations.md").write_text(document())
-        print("wrote docs/ablations.md")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--seeds", nargs="+", type=int, choices=range(10), default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="Runs side by side")
+    parser.add_argument("--write", action="store_true", help="Write the page without training")
+    options = parser.parse_args()
+    results, failed = json.loads((KEPT / "results.json").read_text()), False
+    if not options.write:
+        jobs = [(name, seed) for seed in options.seeds for name in options.only]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for line in pool.map(train, *zip(*jobs, strict=True)):
+                print(line, flush=True)
+                failed |= "FAILED" in line
+        results = keep(results)
+    page = DOCS / "ablations.md"
+    page.write_text(insert_results(page.read_text(), results))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,21 @@
-"""Tokens per second of rollout.sample against `generate` of transformers and the hardware's limit.
+"""Tokens per second of `core.rollout.sample` against transformers' `generate` and the hardware.
 
     python benchmarks/rollout.py                # toy, 8 x 8 completions, any CPU
     python benchmarks/rollout.py --size 100m
-    python benchmarks/rollout.py --size 2b      # one GPU
+    python benchmarks/rollout.py --size 2b --decoding eager captured      # one GPU
 
-Both sample with the same settings: temperature 1, the whole vocabulary. `fixed`: every completion
-has the same length. `drawn`: any of several tokens ends a completion, so that lengths are spread
-geometrically about a mean. `run` (toy): the embedded base model on its own questions, as `grpo.py`
-samples it. Only tokens up to the end count.
+Both sample from the whole vocabulary at temperature 1. There are three kinds of lengths:
 
-The limit of a GPU is the time to read, once a step, the weights, each prompt's keys and values once
-and those of the completions, at the bandwidth of a large copy; that of a CPU the time of the matrix
-products with the weights alone, at the rate of a large product.
+    fixed   every completion has the same length
+    drawn   any of several tokens ends a completion, so the lengths are distributed geometrically
+    run     the toy world's base model answers its own questions, as in grpo.py (toy only)
+
+Only tokens up to the end count. The hardware's limit is an estimate. On a GPU it is the time to
+read, in every step, the weights, the prompts' keys and values, and those of the completions, at the
+bandwidth of a large copy. On a CPU it is the time of the matrix products with the weights, at the
+rate of a large product.
 """
 
-import argparse
 import statistics
 
 import torch
@@ -24,17 +25,18 @@ from common import (
     build,
     interleaved,
     matmul_rate,
+    parser_of,
     prompts,
     ratio,
     report,
     set_ends,
     spread,
-    to,
+    to_device,
 )
 
-from data import load_rows
-from model import load_policy
-from rollout import sample
+from core.qwen import load_policy
+from core.rollout import sample
+from toy.world import ToyRows
 
 CASES = {  # size: prompts, completions of each, visual tokens, text tokens, lengths
     "toy": (8, 8, 9, 24, (60,)),
@@ -44,7 +46,7 @@ CASES = {  # size: prompts, completions of each, visual tokens, text tokens, len
 
 
 def decoding_limit(model, inputs: dict, lengths: torch.Tensor) -> float:
-    """Seconds that decoding completions of these lengths takes at least; prefill not counted."""
+    """The least seconds that decoding completions of these lengths takes, without prefill."""
     language, config = model.model.language_model, model.config.text_config
     weights = sum(p.numel() for p in language.layers.parameters()) + model.lm_head.weight.numel()
     if not torch.cuda.is_available():
@@ -59,13 +61,13 @@ def decoding_limit(model, inputs: dict, lengths: torch.Tensor) -> float:
 
 
 def race(model, inputs: dict, G: int, C: int, ends: list[int], options):
-    """Tokens per second of each contestant, turn by turn; seconds and last lengths likewise."""
+    """Tokens per second, seconds and completion lengths of each contestant in each turn."""
     P, lengths = inputs["input_ids"].shape[1], {}
 
-    def ours(name: str, decoding: str | None) -> None:
-        turn = len(lengths.setdefault(name, []))
-        _, mask = sample(model, inputs, G, C, step=turn, decoding=decoding)
-        lengths[name].append(mask.sum(-1))
+    def ours(decoding: str) -> None:
+        turn = len(lengths.setdefault(decoding, []))
+        _, mask, _ = sample(model, inputs, G, C, step=turn, decoding=decoding)
+        lengths[decoding].append(mask.sum(-1))
 
     def generate() -> None:
         ids = model.generate(
@@ -82,9 +84,9 @@ def race(model, inputs: dict, G: int, C: int, ends: list[int], options):
         lengths.setdefault("generate", []).append((is_end.cumsum(-1) == is_end).sum(-1))
         model.model.rope_deltas = None
 
-    contestants = {"generate": generate, "sample": lambda: ours("sample", None)}
+    contestants = {"generate": generate}
     for decoding in options.decoding:
-        contestants[decoding] = lambda decoding=decoding: ours(decoding, decoding)
+        contestants[decoding] = lambda decoding=decoding: ours(decoding)
     torch.manual_seed(0)
     seconds = interleaved(contestants, options.repetitions)
     rates = {
@@ -95,16 +97,18 @@ def race(model, inputs: dict, G: int, C: int, ends: list[int], options):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
-        "--decoding", nargs="*", default=[], help="also these ways of rollout.sample"
+        "--decoding",
+        nargs="+",
+        choices=["eager", "captured"],
+        default=["eager"],
+        help="Ways to decode",
     )
     options = arguments(parser)
     B, G, visual, text, lengths = CASES[options.size]
     model, processor = build(options.size)
-    inputs = to(processor.collate(prompts(processor, B, visual, text)), model.device)
+    inputs = to_device(processor.collate(prompts(processor, B, visual, text)), model.device)
     # ended by any of k of V tokens: about V / k tokens long, cut at C
     V = model.config.text_config.vocab_size
     cases = []
@@ -118,18 +122,20 @@ def main() -> None:
         if kind == "run":
             model, processor = load_policy("toy")
             ends = processor.end_ids
-            asked = [processor.prepare(row, "base") for row in load_rows("toy", limit=B)]
-            inputs = processor.collate([row["encoded"] for row in asked])
+            model = model.eval().to(inputs["input_ids"].device)
+            rows_of_toy = ToyRows()
+            asked = [processor.prompt(rows_of_toy[i], "base").inputs for i in range(B)]
+            inputs = to_device(processor.collate(asked), model.device)
         else:
             set_ends(model, ends)
         rates, seconds, counts = race(model, inputs, G, C, ends, options)
-        limit = decoding_limit(model, inputs, counts["sample"][-1])
+        limit = decoding_limit(model, inputs, counts[options.decoding[0]][-1])
         for name, times in seconds.items():
             ours, mean = name != "generate", torch.cat(counts[name][1:]).float().mean()
             rows.append(
                 {
                     "lengths": f"{kind}, {'' if kind == 'fixed' else 'at most '}{C}",
-                    "contestant": name,
+                    "contestant": name if name == "generate" else f"sample, {name}",
                     "mean length": f"{mean:.0f}",
                     "tokens/s": spread(rates[name]),
                     "times faster": spread(ratio(rates[name], rates["generate"])) if ours else "1",
@@ -137,7 +143,7 @@ def main() -> None:
                 }
             )
             raw.append({"name": name, "kind": kind, "C": C, "seconds": times})
-    report(f"rollout, {options.size}, {B} x {G}", rows, raw)
+    report(f"rollout, {options.size}, {B} x {G}", rows, raw, options.write)
 
 
 if __name__ == "__main__":

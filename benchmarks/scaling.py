@@ -1,22 +1,22 @@
-"""How the time of an update grows with G, with the image and with the completions' length.
+"""How the time of an update grows with G, with the image and with the length of the completions.
 
     python benchmarks/scaling.py
 
-An update is what grpo.py does with the toy model: sample, log-probabilities, backward, AdamW. Each
-line is fitted by least squares, seconds = fixed + slope * x; were the prompt paid for once per
-completion, doubling it would add to the slope against G as much as to the fixed part.
+An update samples, computes log-probabilities, and makes the backward pass and the AdamW step. Each
+sweep is fitted by least squares, seconds = fixed + slope * x. If the prompt were computed once per
+completion, a longer prompt would raise the slope against G. It is computed once per group, so a
+longer prompt raises the fixed part.
 """
 
-import argparse
 import statistics
 
 import torch
-from common import arguments, build, interleaved, prompts, report, spread, to
+from common import arguments, build, interleaved, parser_of, prompts, report, spread, to_device
 
-from model import group_logps
-from rollout import sample
+from core.packing import group_logps, pack_groups
+from core.rollout import sample
 
-SWEEPS = {  # what is varied: (name, G, visual tokens, completion length)
+SWEEPS = {  # name: (G, visual tokens, completion length)
     "G, 9 visual tokens": [(G, 9, 48) for G in (4, 8, 16, 32, 64)],
     "G, 256 visual tokens": [(G, 256, 48) for G in (4, 8, 16, 32, 64)],
     "visual tokens": [(8, visual, 48) for visual in (9, 64, 144, 256, 400)],
@@ -33,17 +33,14 @@ def fit(x: list[float], y: list[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    options = arguments(parser, ("toy", "100m"))
+    options = arguments(parser_of(__doc__), ("toy", "100m"))
     model, processor = build(options.size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 
     def update(inputs: dict, G: int, C: int) -> None:
-        ids, mask = sample(model, inputs, G, C)
+        ids, mask, _ = sample(model, inputs, G, C)
         model.train()
-        logps = group_logps(model, inputs, ids, mask)
+        logps = group_logps(model, pack_groups(model, inputs, ids, mask))
         advantages = torch.randn(len(logps), G, 1, device=logps.device)
         (-(logps - logps.detach()).exp() * advantages * mask.view_as(logps)).mean().backward()
         optimizer.step()
@@ -54,7 +51,7 @@ def main() -> None:
         runs = {}
         for G, visual, C in points:
             encoded = prompts(processor, PROMPTS, visual, TEXT)
-            inputs = to(processor.collate(encoded), model.device)
+            inputs = to_device(processor.collate(encoded), model.device)
             runs[G, visual, C] = lambda i=inputs, G=G, C=C: update(i, G, C)
         seconds = interleaved(runs, options.repetitions)
         x = [point[VARIED[name.split()[0].strip(",")]] for point in points]
@@ -71,7 +68,7 @@ def main() -> None:
                 "slope, ms": f"{1e3 * slope:.3g}",
             }
         )
-    report(f"scaling, {options.size}, {PROMPTS} prompts", table, fits)
+    report(f"scaling, {options.size}, {PROMPTS} prompts", table, fits, options.write)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A long run watched from outside: resident memory and open files of `grpo.py` over its updates.
+"""Resident memory and open files of a long `grpo.py` run, watched from outside.
 
-    python benchmarks/soak.py    # 2000 toy updates, with evaluations and checkpoints: minutes
+    python benchmarks/soak.py    # 2000 toy updates with evaluations and checkpoints
 
-Passes when resident memory grows by less than 1 MB per 100 updates after the first 100, and the
-number of open files, at the same point of an update, does not grow. Needs Linux (it reads /proc).
+It passes if resident memory grows by less than 1 MB per 100 updates after the first 100, and if the
+number of open files does not grow. Needs Linux, because it reads /proc.
 """
 
 import argparse
@@ -20,18 +20,18 @@ FLAGS = (
     "--prompts_per_update 4 --num_generations 4 --max_completion_length 48 --eval_rows 16 "
     "--eval_steps 100 --save_steps 100 --learning_rate 1e-5"
 ).split()
-SETTLED = 100  # updates until caches and buffers have their size
+SETTLED = 100  # updates until caches and buffers have reached their size
 LIMIT = 1.0  # MB per 100 updates
 
 
 def updates_of(folder: Path) -> int:
-    """Updates that the run has logged; its step 0 is none."""
+    """Updates that the run has logged, without its step 0."""
     file = folder / "metrics.jsonl"
     return file.read_bytes().count(b"\n") - 1 if file.exists() else -1
 
 
 def watch(process: subprocess.Popen, folder: Path) -> list[tuple[int, float, int]]:
-    """(update, resident MB, open files), for every update that can be caught."""
+    """(update, resident MB, open files) of the updates that polling notices."""
     seen, proc = [], Path(f"/proc/{process.pid}")
     while process.poll() is None:
         update = updates_of(folder)
@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=2000)
     parser.add_argument("--model", default="toy")
+    parser.add_argument("--write", action="store_true", help="Write the table into README.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         words = ["--model", options.model, "--max_steps", str(options.updates)]
@@ -64,7 +65,7 @@ def main() -> None:
     settled = [s for s in seen if s[0] > SETTLED]
     steps, resident, files = zip(*settled, strict=True)
     slope = 100 * statistics.linear_regression(steps, resident).slope
-    # a checkpoint or a log that happens to be open while we look makes a moment, not a trend
+    # Medians, because a checkpoint or a log may be open at the moment of looking.
     tenth = max(1, len(files) // 10)
     first, last = (statistics.median(part) for part in (files[:tenth], files[-tenth:]))
     passed = slope < LIMIT and last <= first
@@ -77,7 +78,8 @@ def main() -> None:
         "open files, end": int(last),
         "passed": passed,
     }
-    report("soak", [row], [{"update": s, "MB": round(r, 1), "files": f} for s, r, f in seen[::20]])
+    raw = [{"update": s, "MB": round(r, 1), "files": f} for s, r, f in seen[::20]]
+    report("soak", [row], raw, options.write)
     sys.exit(not passed)
 
 

@@ -1,23 +1,35 @@
-"""Forward + backward of one group packed into one sequence against its G rows apart.
+"""Forward and backward of one group: packed into one sequence, against its G rows apart.
 
-    python benchmarks/train_step.py                # toy, any CPU
-    python benchmarks/train_step.py --size 100m --generations 8
-    python benchmarks/train_step.py --size 2b --generations 8      # one GPU
+    python benchmarks/train_step.py                                     # toy, any CPU
+    python benchmarks/train_step.py --size 100m --generations 4 8
+    python benchmarks/train_step.py --size 2b --generations 8           # one GPU
 
-Both give the same log-probabilities (compared here on every shape) and share `token_logps`; they
-differ in the sequence alone. Memory: on a GPU the peak above the weights, on a CPU the bytes that
-autograd keeps for the backward pass, each storage counted once. Utilisation: floating-point
-operations of the packed pass, counted by torch, over its time, against a large matrix product.
+Both ways give the same log-probabilities, which every row of the table verifies, and share
+`token_logps`. Only the sequence differs. The packing's plan is part of the time.
+
+Memory: on a GPU the peak above the weights, on a CPU the bytes that autograd keeps for the backward
+pass. Utilisation: floating-point operations of the packed pass, as torch counts them, per second,
+as a share of the rate of a large matrix product.
 """
 
-import argparse
 import statistics
 
 import torch
-from common import arguments, build, interleaved, matmul_rate, prompts, ratio, report, spread, to
+from common import (
+    arguments,
+    build,
+    interleaved,
+    matmul_rate,
+    parser_of,
+    prompts,
+    ratio,
+    report,
+    spread,
+    to_device,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import group_logps, token_logps
+from core.packing import group_logps, pack_groups, token_logps
 
 SHAPES = {  # size: (visual tokens, text tokens, shortest and longest completion)
     "toy": [
@@ -30,7 +42,7 @@ SHAPES = {  # size: (visual tokens, text tokens, shortest and longest completion
 
 
 def rows_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The same as `group_logps` of one group, by the unmodified model on G rows apart."""
+    """What `group_logps` gives for one group, by the unmodified model on G rows apart."""
     G, C = ids.shape
     P = inputs["input_ids"].shape[1]
     repeated = {name: value.repeat_interleave(G, 0) for name, value in inputs.items()}
@@ -48,7 +60,7 @@ def rows_logps(model, inputs: dict, ids: torch.Tensor, mask: torch.Tensor) -> to
 
 
 def kept_bytes(model, forward) -> int:
-    """What the backward pass of `forward()` needs beside the weights."""
+    """The bytes that the backward pass of `forward()` needs, without the weights."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -61,7 +73,7 @@ def kept_bytes(model, forward) -> int:
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage  # held, so that no address comes back
+            storages[storage.data_ptr()] = storage  # held, so that no address is used again
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -70,10 +82,10 @@ def kept_bytes(model, forward) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = parser_of(__doc__)
+    parser.add_argument(
+        "--generations", type=int, nargs="+", default=[4, 8, 16], help="Values of G"
     )
-    parser.add_argument("--generations", type=int, nargs="+", default=[4, 8, 16], help="G")
     options = arguments(parser)
     model, processor = build(options.size)
     model.train()
@@ -82,14 +94,14 @@ def main() -> None:
     for visual, text, least, C in SHAPES[options.size]:
         for G in options.generations:
             encoded = prompts(processor, 1, visual, text)
-            inputs = to(processor.collate(encoded), model.device)
+            inputs = to_device(processor.collate(encoded), model.device)
             torch.manual_seed(0)
             ids = torch.randint(10, 300, (G, C), device=model.device)
             lengths = torch.randint(least, C + 1, (G, 1), device=model.device)
             mask = (torch.arange(C, device=model.device) < lengths).long()
 
             def packed():
-                return group_logps(model, inputs, ids, mask)[0]  # noqa: B023
+                return group_logps(model, pack_groups(model, inputs, ids, mask))[0]  # noqa: B023
 
             def rows():
                 return rows_logps(model, inputs, ids, mask)  # noqa: B023
@@ -123,7 +135,7 @@ def main() -> None:
                 }
             )
             raw.append({"prompt": visual + text, "G": G, "C": C, "seconds": seconds})
-    report(f"train_step, {options.size}", table, raw)
+    report(f"train_step, {options.size}", table, raw, options.write)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,26 @@
-"""One whole GRPO update against TRL's GRPOTrainer: rollout, reference, log-probabilities, step.
+"""A whole GRPO update against TRL's GRPOTrainer: rollout, reference, log-probabilities, step.
 
-    pip install trl
+    pip install trl                            # for this benchmark only
     python benchmarks/update.py                # toy, 8 x 8 completions, any CPU
     python benchmarks/update.py --size 100m    # 1 x 8 of 64 tokens, prompt of 512 visual tokens
 
-The same weights, prompts, sampling and hyper-parameters (beta 0.04, AdamW); the updates take turns
-in one process: TRL's trainer runs, and at the end of each of its steps one of ours does. The toy
-case uses the embedded base model, so that completions have the lengths of a run.
+Weights, prompts, sampling and hyper-parameters are the same (beta 0.04, AdamW). The updates take
+turns in one process: after each step of TRL's trainer, grpo.py's functions make one of ours. The
+toy case uses the toy world's base model, so completions are as long as in a run.
 """
 
-import argparse
+import copy
+import importlib.util
 import statistics
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 import common
 import torch
-from common import arguments, build, ratio, report, spread, synchronize, to
+from accelerate import Accelerator
+from common import arguments, build, parser_of, ratio, report, spread, synchronize
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -26,10 +29,13 @@ from transformers import (
     TrainerCallback,
 )
 
-import toy
-from grpo import compute_advantages, grpo_loss
-from model import TOY_CHECKPOINT, group_logps, load_policy, save_policy
-from rollout import sample
+from core.groups import make_micro_batches, sample_rollout, trained_tokens
+from core.optimizer import GuardedStep, prepare
+from core.options import parse_options
+from core.packing import Policy
+from core.qwen import Prompt, load_policy, save_policy
+from grpo import GRPOOptions, compute_advantages, compute_gradients, token_weights
+from toy.world import ToyRows
 
 CASES = {"toy": (8, 8, 96), "100m": (1, 8, 64), "2b": (8, 8, 300)}  # prompts, G, C
 TEMPLATE = (
@@ -40,7 +46,7 @@ TEMPLATE = (
 
 
 class ImageProcessorOnly(Qwen2VLProcessor):
-    """transformers' processor without its video part, which needs torchvision."""
+    """The library's processor without its video part, which needs torchvision."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **_):
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -50,148 +56,163 @@ class ImageProcessorOnly(Qwen2VLProcessor):
 
 
 def questions(size: str, count: int) -> list[tuple[str, Image.Image]]:
-    rows = toy.ToyRows()
+    rows = ToyRows()
     if size == "toy":
         return [(rows[i]["question"] + "\n<think>", rows[i]["images"][0]) for i in range(count)]
     image = Image.effect_noise((896, 448), 50).convert("RGB")
     return [(" ".join(rows[i * 30 + j]["question"] for j in range(7)), image) for i in range(count)]
 
 
-def lengths_reward(completions, **_) -> list[float]:
-    """Any rule will do: the share of vowels."""
+def vowels(completions, **_) -> list[float]:
+    """The share of vowels. Any rule would do."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in texts]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+class Ours:
+    """Our side: `update` makes one update and notes its seconds and mean completion length."""
+
+    def __init__(self, size: str, model, processor, pairs: list):
+        B, G, C = CASES[size]
+        words = f"--beta 0.04 --learning_rate 1e-6 --prompts_per_update {B} --num_generations {G} "
+        words += f"--max_completion_length {C} --prompts_per_forward {B}"
+        self.options = parse_options(GRPOOptions, argv=words.split())
+        self.accelerator = Accelerator()
+        self.model, self.processor = model, processor
+        reference = copy.deepcopy(model).requires_grad_(False).eval()
+        self.pack = partial(
+            make_micro_batches, model, reference, processor, self.options, self.accelerator
+        )
+        self.policy, optimizer = prepare(Policy(model), self.options, self.accelerator, None)
+        self.step = GuardedStep(self.policy, optimizer, self.options, self.accelerator)
+        texts = [f"<|vision_start|><|image_pad|><|vision_end|>{text}" for text, _ in pairs]
+        self.prompts = [
+            Prompt({}, text, processor.encode_one(text, [image]))
+            for text, (_, image) in zip(texts, pairs, strict=True)
+        ]
+        self.seconds: list[float] = []
+        self.lengths: list[float] = []
+        self.parts: dict[str, list[float]] = {"sampling": [], "reference": [], "training": []}
+
+    def update(self, number: int) -> None:
+        options, B = self.options, len(self.prompts)
+        times = [clock()]
+        rollout = sample_rollout(
+            self.model, self.processor, self.prompts, range(B), number, options
+        )
+        advantages = compute_advantages(torch.tensor(vowels(rollout.completions)).view(B, -1))
+        trained, counts = trained_tokens(rollout, options, self.accelerator)
+        weights = token_weights(trained, options.loss_type, **counts)
+        times.append(clock())
+        batches = self.pack(rollout, advantages, weights)
+        times.append(clock())
+        loss = compute_gradients(self.policy, batches, options, self.accelerator)["loss"]
+        self.step(loss, number)
+        times.append(clock())
+        for name, start, end in zip(self.parts, times, times[1:], strict=False):
+            self.parts[name].append(end - start)
+        self.seconds.append(times[-1] - times[0])
+        self.lengths.append(rollout.completion_mask.sum(-1).float().mean().item())
+
+
+def clock() -> float:
+    synchronize()
+    return common.CLOCK()
+
+
+class TakeTurns(TrainerCallback):
+    """Times every step of TRL's trainer, and makes one update of ours after it."""
+
+    def __init__(self):
+        self.ours: Ours | None = None
+        self.seconds: list[float] = []
+        self.lengths: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = clock()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(clock() - self.began)
+        self.ours.update(state.global_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "completions/mean_length" in logs:
+            self.lengths.append(logs["completions/mean_length"])
+
+
+def trl_trainer(size: str, model, processor, pairs: list, turns: TakeTurns, folder: Path, steps):
+    """TRL's trainer of the same model, with the same settings."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    B, G, C = CASES[size]
+    save_policy(model, processor, folder / "model")
+    theirs = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=model.dtype)
+    processor.tokenizer.padding_side = "left"
+    settings = GRPOConfig(
+        output_dir=str(folder / "run"),
+        per_device_train_batch_size=B * G,
+        num_generations=G,
+        max_completion_length=C,
+        max_steps=steps,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        beta=0.04,
+        learning_rate=1e-6,
+        loss_type="grpo",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        shuffle_dataset=False,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=model.dtype == torch.bfloat16,
+        dataloader_pin_memory=False,
     )
-    options = arguments(parser)
-    try:
-        from trl import GRPOConfig, GRPOTrainer
-    except ImportError as error:
-        raise SystemExit(f"skipped: trl cannot be imported ({error}); pip install trl") from None
+    return GRPOTrainer(
+        model=theirs,
+        processing_class=ImageProcessorOnly(
+            processor.image_processor, processor.tokenizer, chat_template=TEMPLATE
+        ),
+        reward_funcs=[vowels],
+        train_dataset=dataset(pairs, B * G * steps),
+        callbacks=[turns],
+        args=settings,
+    )
+
+
+def main() -> None:
+    options = arguments(parser_of(__doc__))
+    if not importlib.util.find_spec("trl"):
+        raise SystemExit("TRL is not installed: pip install trl")
     warnings.filterwarnings("ignore")
     B, G, C = CASES[options.size]
-    trained = options.size == "toy" and TOY_CHECKPOINT.exists()
-    model, processor = load_policy("toy") if trained else build(options.size)
+    model, processor = load_policy("toy") if options.size == "toy" else build(options.size)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    pairs = questions(options.size, B)
-
-    reference = load_policy("toy")[0] if trained else build(options.size)[0]
-    reference.requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
-    inputs = to(
-        processor.encode(
-            [f"<|vision_start|><|image_pad|><|vision_end|>{text}" for text, _ in pairs],
-            [[image] for _, image in pairs],
-        ),
-        model.device,
-    )
-    seconds: dict[str, list[float]] = {"TRL": [], "ours": []}
-    parts: dict[str, list[float]] = {"sampling": [], "reference": [], "training": []}
-    lengths: dict[str, list[float]] = {"TRL": [], "ours": []}
-
-    def clock() -> float:
-        synchronize()
-        return common.CLOCK()
-
-    def update(number: int) -> None:
-        times = [clock()]
-        ids, mask = sample(model, inputs, G, C, step=number)
-        rewards = torch.tensor(lengths_reward(processor.decode(ids, mask))).view(B, G)
-        advantages = compute_advantages(rewards).to(model.device)
-        times.append(clock())
-        with torch.no_grad():
-            ref = group_logps(reference, inputs, ids, mask)
-        times.append(clock())
-        model.train()
-        logps = group_logps(model, inputs, ids, mask).flatten(0, 1)
-        loss, _ = grpo_loss(
-            logps,
-            logps.detach(),
-            ref.flatten(0, 1),
-            advantages.flatten(),
-            mask,
-            beta=0.04,
-            epsilon=0.2,
-            loss_type="grpo",
-        )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(clock())
-        for name, start, end in zip(parts, times, times[1:], strict=False):
-            parts[name].append(end - start)
-        seconds["ours"].append(times[-1] - times[0])
-        lengths["ours"].append(mask.sum(-1).float().mean().item())
-
-    class TakeTurns(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.began = clock()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            seconds["TRL"].append(clock() - self.began)
-            update(state.global_step)
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if logs and "completions/mean_length" in logs:
-                lengths["TRL"].append(logs["completions/mean_length"])
-
+    pairs, turns = questions(options.size, B), TakeTurns()
     with tempfile.TemporaryDirectory() as folder:
-        save_policy(model, processor, Path(folder) / "model")
-        theirs = AutoModelForImageTextToText.from_pretrained(
-            Path(folder) / "model", dtype=model.dtype
-        )
-        processor.tokenizer.padding_side = "left"
-        trainer = GRPOTrainer(
-            model=theirs,
-            processing_class=ImageProcessorOnly(
-                processor.image_processor, processor.tokenizer, chat_template=TEMPLATE
-            ),
-            reward_funcs=[lengths_reward],
-            train_dataset=dataset(pairs, B * G * (options.repetitions + 1)),
-            callbacks=[TakeTurns()],
-            args=GRPOConfig(
-                output_dir=str(Path(folder) / "run"),
-                per_device_train_batch_size=B * G,
-                num_generations=G,
-                max_completion_length=C,
-                max_steps=options.repetitions + 1,
-                temperature=1.0,
-                top_p=1.0,
-                top_k=0,
-                beta=0.04,
-                learning_rate=1e-6,
-                loss_type="grpo",
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                gradient_checkpointing=False,
-                shuffle_dataset=False,
-                use_cpu=not torch.cuda.is_available(),
-                bf16=model.dtype == torch.bfloat16,
-                dataloader_pin_memory=False,
-            ),
-        )
+        steps = options.repetitions + 1  # the first is a warm-up
+        trainer = trl_trainer(options.size, model, processor, pairs, turns, Path(folder), steps)
+        turns.ours = ours = Ours(options.size, model, processor, pairs)
         trainer.train()
-    first = {name: values[1:] for name, values in seconds.items()}  # the first warms up
-    table = [
+    theirs, mine = turns.seconds[1:], ours.seconds[1:]
+    parts = [f"{name} {statistics.median(s[1:]):.3g}" for name, s in ours.parts.items()]
+    rows = [
         {
             "contestant": name,
-            "mean length": f"{statistics.mean(lengths[name]):.0f}" if lengths[name] else "",
-            "seconds per update": spread(first[name]),
-            "times faster": spread(ratio(first["TRL"], first[name])) if name == "ours" else "1",
-            "of which": ", ".join(f"{k} {statistics.median(v[1:]):.3g}" for k, v in parts.items())
-            if name == "ours"
-            else "",
+            "mean length": f"{statistics.mean(lengths):.0f}",
+            "seconds per update": spread(seconds),
+            "times faster": faster,
+            "of which": of_which,
         }
-        for name in ("TRL", "ours")
+        for name, lengths, seconds, faster, of_which in (
+            ("TRL", turns.lengths, theirs, "1", ""),
+            ("ours", ours.lengths, mine, spread(ratio(theirs, mine)), ", ".join(parts)),
+        )
     ]
-    report(f"update, {options.size}, {B} x {G} of {C}", table, [{"seconds": seconds}])
+    raw = [{"seconds": {"TRL": turns.seconds, "ours": ours.seconds}}]
+    report(f"update, {options.size}, {B} x {G} of {C}", rows, raw, options.write)
 
 
 def dataset(pairs: list, count: int):

@@ -1,0 +1,194 @@
+"""Measure the demo over seeds, and write the README's tables and picture from the runs.
+
+    python benchmarks/readme.py                # trains what is missing (a few minutes each), writes
+    python benchmarks/readme.py --write        # writes from assets/demo/, without training
+
+The runs are `accelerate launch grpo.py --seed S` in outputs/demo-<S>, and the same with
+`--loss_type dapo` and `dr_grpo`. A finished run is not repeated. What the tables need is kept in
+assets/demo/, so that a test can hold the README to it.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import report  # noqa: E402
+from core.options import default_of, show  # noqa: E402
+from grpo import GRPOOptions  # noqa: E402
+
+KEPT = ROOT / "assets" / "demo"
+SEEDS = {"grpo": (0, 1, 2, 3), "dapo": (0, 1, 2), "dr_grpo": (0, 1, 2)}  # 3 was not tuned on
+WINDOW = 10  # updates that a sampled metric is averaged over
+KEPT_KEYS = (
+    "step eval/accuracy eval/completion_length eval/reflection rewards/accuracy rewards/format "
+    "completions/mean_length completions/reflection seconds/rollout seconds/train"
+).split()
+
+
+def train(loss_type: str, seed: int) -> None:
+    """Train what is missing, and keep its metrics and settings in assets/demo/."""
+    folder, kept = ROOT / "outputs" / f"demo-{loss_type}-{seed}", KEPT / f"{loss_type}-{seed}"
+    if not (folder / "final").exists():
+        launch = ["accelerate", "launch", "--quiet", "--config_file", "configs/single.yaml"]
+        flags = ["--seed", str(seed), "--output_dir", str(folder), "--overwrite"]
+        if loss_type != "grpo":
+            flags += ["--loss_type", loss_type]
+        subprocess.run([*launch, "grpo.py", *flags], cwd=ROOT, check=True)
+    kept.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    lines = [{key: line[key] for key in KEPT_KEYS if key in line} for line in lines]
+    (kept / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = json.loads((folder / "config.json").read_text())
+    del config["output_dir"]
+    (kept / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read(loss_type: str, seed: int) -> list[dict]:
+    return [json.loads(line) for line in open(KEPT / f"{loss_type}-{seed}" / "metrics.jsonl")]
+
+
+def windows(metrics: list[dict], key: str) -> list[float]:
+    """Means over each window of ten updates in a row."""
+    values = [line[key] for line in metrics if key in line]
+    return [fmean(values[i : i + WINDOW]) for i in range(len(values) - WINDOW + 1)]
+
+
+def demo_table() -> str:
+    """A row per seed: before and after, and the shortest ten updates of the first half."""
+    lines = [
+        "| seed | held-out accuracy, greedy | length, sampled: first → shortest → last "
+        "| looks again, sampled | well formed, sampled | seconds in updates |",
+        "|---|---|---|---|---|---|",
+    ]
+    for seed in SEEDS["grpo"]:
+        metrics = read("grpo", seed)
+        scores = [line["eval/accuracy"] for line in metrics if "eval/accuracy" in line]
+        length, again, well = (
+            windows(metrics, key)
+            for key in ("completions/mean_length", "completions/reflection", "rewards/format")
+        )
+        shortest = min(length[: len(length) // 2])
+        seconds = sum(line.get(f"seconds/{x}", 0) for line in metrics for x in ("rollout", "train"))
+        lines.append(
+            f"| {seed} | {scores[0]:.3f} → {scores[-1]:.3f} "
+            f"| {length[0]:.1f} → {shortest:.1f} → {length[-1]:.1f} "
+            f"| {again[0]:.2f} → {again[-1]:.2f} | {well[0]:.2f} → {well[-1]:.2f} "
+            f"| {seconds:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def half_way(metrics: list[dict]) -> int:
+    """The update by which the share of looking again has reached half of its final value."""
+    again = windows(metrics, "completions/reflection")
+    return next(i for i, share in enumerate(again) if share >= again[-1] / 2) + WINDOW
+
+
+def loss_type_table() -> str:
+    """How soon looking again spreads, by loss type: mean ± std over seeds 0, 1, 2."""
+    lines = [
+        "| `--loss_type` | updates until half of the final share looks again | ratio to `grpo` "
+        "| final share | held-out accuracy |",
+        "|---|---|---|---|---|",
+    ]
+    seeds, base = SEEDS["dapo"], None
+    for loss_type in SEEDS:
+        runs = [read(loss_type, seed) for seed in seeds]
+        half = [half_way(run) for run in runs]
+        base = base or fmean(half)
+        share = [windows(run, "completions/reflection")[-1] for run in runs]
+        accuracy = [run[-1]["eval/accuracy"] for run in runs]
+        cells = (f"{fmean(x):.2f} ± {stdev(x):.2f}" for x in (share, accuracy))
+        lines.append(
+            f"| `{loss_type}` | {fmean(half):.0f} ± {stdev(half):.0f} "
+            f"| {fmean(half) / base:.2f} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def roads_table() -> str:
+    """The four roads from the scores that `make paper-toy` left, mean ± std over seeds, in %."""
+    roads = json.loads((KEPT / "roads.json").read_text())
+    names = {"base": "base", "sft": "+ SFT on answers", "grpo": "+ GRPO"}
+    names["cold"] = "+ cold start + GRPO"
+    columns = ["Count", "Relation", "Depth", "Distance", "all", "all, strict"]
+    lines = [f"| road | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for road, name in names.items():
+        cells = []
+        for column in columns:
+            values = [100 * scores[column] for scores in roads[road]]
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{fmean(values):.1f}{spread}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def keep_roads() -> None:
+    """Copy the scores of the four roads to assets/demo/roads.json."""
+    roads: dict[str, list[dict]] = {}
+    for path in sorted((ROOT / "outputs" / "paper-toy").glob("*/scores.json")):
+        scores = json.loads(path.read_text())
+        row = {task: tally["accuracy_lenient"] for task, tally in scores["tasks"].items()}
+        row |= {"all": scores["accuracy_lenient"], "all, strict": scores["accuracy"]}
+        roads.setdefault(path.parent.name.partition("-")[0], []).append(row)
+    if roads:
+        (KEPT / "roads.json").write_text(json.dumps(roads, indent=1) + "\n")
+
+
+def flag_table() -> str:
+    """Every flag of grpo.py, with the values of both recipes."""
+    lines = ["| flag | toy | paper | what it does |", "|---|---|---|---|"]
+    for f in dataclasses.fields(GRPOOptions):
+        toy, paper = (f"`{show(v)}`" if v not in (None, []) else "" for v in both_values(f))
+        text = f.metadata["help"].replace("|", "\\|")
+        lines.append(f"| `--{f.name}` | {toy} | {paper} | {text} |")
+    return "\n".join(lines)
+
+
+def both_values(f: dataclasses.Field) -> tuple:
+    return tuple(default_of(f, recipe) for recipe in ("toy", "paper"))
+
+
+TABLES = {
+    "demo": demo_table,
+    "loss types": loss_type_table,
+    "roads": roads_table,
+    "flags": flag_table,
+}
+
+
+def insert_tables(page: str) -> str:
+    """The page with every table between its markers, `<!-- name -->` and `<!-- end -->`."""
+    for name, table in TABLES.items():
+        block = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        with contextlib.suppress(FileNotFoundError):  # not measured yet
+            text = table() + "\n" if block.search(page) else ""
+            page = block.sub(lambda found, text=text: found[1] + text + found[2], page)
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="Do not train")
+    if not parser.parse_args().write:
+        for loss_type, seeds in SEEDS.items():
+            for seed in seeds:
+                train(loss_type, seed)
+        keep_roads()
+    runs = [report.read_run(KEPT / f"grpo-{seed}") for seed in SEEDS["dapo"]]
+    report.figure([runs]).savefig(ROOT / "assets" / "demo.png", dpi=120)
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        page.write_text(insert_tables(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
