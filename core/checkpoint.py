@@ -56,7 +56,7 @@ def find_checkpoint(options: TrainingOptions, accelerator: Accelerator) -> Path 
     if (folder / "final").exists():
         done = max((line["step"] for line in read_lines(folder / "metrics.jsonl")), default=0)
         if done >= options.max_steps:
-            print(f"{folder} is complete: all {options.max_steps} updates are done")
+            accelerator.print(f"{folder} is complete: all {options.max_steps} updates are done")
             sys.exit(0)
         if newest is None:
             raise UserError(

@@ -175,10 +175,10 @@ def test_a_process_whose_groups_have_no_signal_keeps_up_with_the_others(model, r
     )
     words = ["--model", model, *RUN, "--beta", 0, "--rewards", f"{tmp_path / 'mine.py'}:reward"]
     run(*words, output_dir=tmp_path / "one")
-    launch(*words, "--output_dir", tmp_path / "ddp", processes=2)
-    assert all(m["frac_reward_zero_std"] >= 0.5 for m in metrics(tmp_path / "ddp")[1:])
+    launch(*words, "--output_dir", tmp_path / "fsdp", processes=2, config="fsdp")
+    assert all(m["frac_reward_zero_std"] >= 0.5 for m in metrics(tmp_path / "fsdp")[1:])
     # not the entropy: rank 1 measures it on a group that one process leaves out
-    assert_same_run(tmp_path / "one", tmp_path / "ddp", set(COMPARED) - {"entropy"})
+    assert_same_run(tmp_path / "one", tmp_path / "fsdp", set(COMPARED) - {"entropy"})
 
 
 def test_a_frozen_tower_stays_frozen_when_sharded_and_sft_is_the_same_run_too(model, tmp_path):
