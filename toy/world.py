@@ -32,11 +32,12 @@ GRID, CELL = 3, 28
 
 HABITS = ("rambling", "guessing", "a hasty look", "looking again")
 RAMBLINGS = (
-    '<div class="image"><img src="image.jpg"></div><p>{question}</p>',
+    '<div class="image"><img src="image.jpg"></div><p>{question}</p><ul><li>{one}</li>'
+    "<li>{other}</li></ul>",
     "<html><body><h1>{question}</h1><ul><li>{one}</li><li>{other}</li></ul></body></html>",
     "User: {question} Assistant: {one} User: {question} Assistant: {other} User: {question}",
-    "{question} {question} {question}",
-    "<p>{question}</p><p>{one}</p><p>{other}</p><p>{one}</p>",
+    "{question} {question} {question} {question}",
+    "<p>{question}</p><p>{one}</p><p>{other}</p><p>{question}</p><p>{one}</p>",
 )
 
 
