@@ -8,8 +8,6 @@ guesses and can still look.
 """
 
 import argparse
-import json
-import math
 import random
 import re
 import time
@@ -24,6 +22,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
+    get_cosine_schedule_with_warmup,
 )
 
 from core.qwen import MAX_PIXELS, Processor, save_policy
@@ -34,7 +33,6 @@ LOOKING = (0, 0, 1, 2)  # weights of the HABITS while looking is learned
 MIXTURE = (0.27, 0.52, 0.17, 0.04)  # and at the end
 LOOKING_SHARE = 0.8  # of the updates
 ROWS = 64  # completions per update
-RAW = argparse.RawDescriptionHelpFormatter
 
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
@@ -155,16 +153,12 @@ def batch(world: ToyRows, indices: range, weights: tuple, processor) -> tuple[di
 
 def pretrain(model: nn.Module, processor: Processor, steps: int, seed: int) -> None:
     """AdamW on the cross-entropy of the completions; cosine schedule after a short warm-up."""
-    peak, warmup = 2e-3, steps // 10
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     world, began = ToyRows(seed=seed, size=steps * ROWS), time.perf_counter()
     model.train()
     for step in range(steps):
         weights = LOOKING if step < LOOKING_SHARE * steps else MIXTURE
-        done = (step - warmup) / (steps - warmup)
-        rate = (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * done)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = peak * rate
         indices = range(step * ROWS, (step + 1) * ROWS)
         inputs, labels = batch(world, indices, weights, processor)
         loss = model(**inputs, labels=labels, use_cache=False).loss
@@ -172,13 +166,14 @@ def pretrain(model: nn.Module, processor: Processor, steps: int, seed: int) -> N
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        schedule.step()
         if step % 50 == 0 or step == steps - 1:
             minutes = (time.perf_counter() - began) / 60
             print(f"update {step:5}  loss {loss.item():.4f}  {minutes:5.1f} minutes", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder to write")
     parser.add_argument("--steps", type=int, default=4800, help="Updates")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the weights and the rows")
@@ -191,8 +186,8 @@ def main() -> None:
     processor.image_processor.size = {"shortest_edge": smallest, "longest_edge": MAX_PIXELS}
     pretrain(model, processor, options.steps, options.seed)
     save_policy(model.eval(), processor, options.output_dir)
-    recipe = json.dumps({"recipe": "toy"})  # what `--recipe auto` means for this model
-    (options.output_dir / "run_config.json").write_text(recipe + "\n")
+    # what `--recipe auto` means for this model
+    (options.output_dir / "run_config.json").write_text('{"recipe": "toy"}\n')
 
 
 if __name__ == "__main__":
