@@ -62,7 +62,7 @@ def read_run(folder: str | Path) -> dict:
 def read_log(path: Path) -> list[dict]:
     """The records of a log, thinned. A line that is cut is skipped. NaN becomes None."""
     lines = []
-    for line in path.read_text("utf-8", "replace").split("\n") if path.exists() else ():
+    for line in path.open(encoding="utf-8", errors="replace") if path.exists() else ():
         with suppress(ValueError):
             lines.append(json.loads(line, parse_constant=lambda name: None))
     lines = [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
