@@ -4,9 +4,8 @@
     python report.py outputs/a outputs/b --out ab.html   # overlays the curves of two runs
     python report.py outputs/grpo-toy --png report.png   # also writes a picture
 
-Runs that differ only in their seed become one curve: their mean, in a band of one standard
-deviation. A run may still be training. `assets/report.html` draws the page. It inserts what a run
-contains as text, never as HTML.
+A run may still be training. This file puts the data of the runs into `assets/report.html`, whose
+script does all the rest. It inserts what a run contains as text, never as HTML.
 """
 
 import argparse
@@ -14,32 +13,20 @@ import base64
 import hashlib
 import io
 import json
-import math
-import re
 import sys
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import cycle, pairwise
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from PIL import Image
 
 from core.options import UserError
 from rewards import REFLECTION_PHRASES
 
-MAX_POINTS = 1_000  # per curve
-SHOWN_STEPS = 40  # per split
-SHOWN_GROUPS = {"eval": 12, "train": 2}  # per step
-REFLECTION = re.compile(rf"\b(?:{'|'.join(REFLECTION_PHRASES)})(?!\w)", re.IGNORECASE)
-
-# Runs that differ only in these settings are averaged.
-NOT_COMPARED = set("seed output_dir resume overwrite config log_with log_groups".split())
-NOT_COMPARED |= {"save_steps", "save_total_limit"}
+MAX_STEPS = {"metrics.jsonl": 2_000, "rollouts.jsonl": 40}  # in the page
 # The palette of Okabe and Ito, which colour-blind readers can tell apart
 COLOURS = "#0072b2 #d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #8b6a3e #7f7f7f".split()
 PANELS = (  # title, scale, greedy metric, sampled metric
@@ -47,77 +34,58 @@ PANELS = (  # title, scale, greedy metric, sampled metric
     ("Response length (tokens)", 1, "eval/completion_length", "completions/mean_length"),
     ("Completions that look again (%)", 100, "eval/reflection", "completions/reflection"),
 )
+KINDS = {"greedy, on held-out questions": "o-", "sampled, in training": "-"}  # and their style
 
 
-@dataclass
-class Run:
-    folder: Path
-    name: str  # the last two parts of the path
-    config: dict[str, str] = field(default_factory=dict)  # values as text
-    metrics: dict[str, dict[int, float]] = field(default_factory=dict)  # name -> step -> value
-    groups: list[dict] = field(default_factory=list)  # selected lines of rollouts.jsonl
+def read_run(folder: str | Path) -> dict:
+    """Read a run's name, config, metrics (name -> step -> value), rollouts and images.
 
-
-def read_run(folder: str | Path) -> Run:
-    """Read the folder of a run. Raises UserError if it holds no metrics."""
-    run = Run(Path(folder), "/".join(Path(folder).resolve().parts[-2:]))
-    if not (run.folder / "metrics.jsonl").exists():
-        raise UserError(f"{folder} has no metrics.jsonl; give the folder of a run")
-    for line in json_lines(run.folder / "metrics.jsonl"):
+    Raises UserError if the folder holds no metrics.
+    """
+    folder, metrics = Path(folder), {}
+    for line in read_log(folder / "metrics.jsonl"):
         for key, value in line.items():
             if key != "step" and isinstance(value, int | float):
-                run.metrics.setdefault(key, {})[line["step"]] = value
-    if not run.metrics:
-        raise UserError(f"{folder} has no metrics yet; try again after the first update")
-    if (run.folder / "config.json").exists():
-        config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
-        run.config = {k: v if isinstance(v, str) else json.dumps(v) for k, v in config.items()}
-    if (run.folder / "rollouts.jsonl").exists():
-        last_step = max(max(values) for values in run.metrics.values())
-        run.groups = read_rollouts(run.folder / "rollouts.jsonl", last_step)
-    return run
+                metrics.setdefault(key, {})[line["step"]] = value
+    if not metrics:
+        raise UserError(f"{folder} has no metrics.jsonl or no metrics yet; is it a run's folder?")
+    config, rollouts = folder / "config.json", read_log(folder / "rollouts.jsonl")
+    return {
+        "name": "/".join(folder.resolve().parts[-2:]),
+        "config": json.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
+        "metrics": metrics,
+        "rollouts": rollouts,
+        "images": thumbnails(folder, [name for group in rollouts for name in group["images"]]),
+    }
 
 
-def json_lines(path: Path) -> Iterator[dict]:
-    """Yield the records of a log. Skip lines that are cut. NaN becomes None."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line, parse_constant=lambda name: None)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield record
+def read_log(path: Path) -> list[dict]:
+    """The records of a log, thinned. A line that is cut is skipped. NaN becomes None."""
+    lines = []
+    for line in path.open(encoding="utf-8", errors="replace") if path.exists() else ():
+        with suppress(ValueError):
+            lines.append(json.loads(line, parse_constant=lambda name: None))
+    lines = [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    return thin(lines, MAX_STEPS[path.name])
 
 
-def read_rollouts(path: Path, last_step: int) -> list[dict]:
-    """Select groups of evenly spaced steps in one pass. The first and the last step are kept."""
-    first_step: dict[str, int] = {}
-    kept: dict[tuple[str, int], list[dict]] = {}
-    for group in json_lines(path):
-        first = first_step.setdefault(group["split"], group["step"])
-        # The first step has a span of its own. In a later span, the last step replaces the others.
-        span = math.ceil((group["step"] - first) * SHOWN_STEPS / max(1, last_step - first))
-        groups = kept.setdefault((group["split"], span), [])
-        if groups and groups[-1]["step"] != group["step"]:
-            groups.clear()
-        if len(groups) < SHOWN_GROUPS[group["split"]]:
-            groups.append(group | {"completions": [split_text(t) for t in group["completions"]]})
-    return [group for groups in kept.values() for group in groups]
+def thin(lines: list[dict], most: int) -> list[dict]:
+    """Keep every n-th step and the last. Held-out and training lines are thinned apart."""
+    kept = []
+    for held_out in (True, False):
+        part = [x for x in lines if held_out == (x.get("split") == "eval" or "eval/accuracy" in x)]
+        steps = list(dict.fromkeys(line["step"] for line in part))
+        # a power of two, so that runs of different lengths have steps in common
+        shown = {*steps[:: 1 << ((len(steps) - 1) // most).bit_length()], *steps[-1:]}
+        kept += [line for line in part if line["step"] in shown]
+    return sorted(kept, key=lambda line: line["step"])
 
 
-def split_text(completion: str) -> list[str]:
-    """Cut a completion around its first reflection phrase: before, phrase, after."""
-    found = REFLECTION.search(completion)
-    cuts = [0, *(found.span() if found else ()), len(completion)]
-    return [completion[start:end] for start, end in pairwise(cuts)]
-
-
-def thumbnails(run: Run) -> dict[str, str]:
-    """The run's images as small data URIs. An image that cannot be read is left out."""
+def thumbnails(folder: Path, names: list[str]) -> dict[str, str]:
+    """Small images as data URIs, by name. An image that cannot be read is left out."""
     uris = {}
-    for name in dict.fromkeys(name for group in run.groups for name in group["images"]):
-        path = run.folder / "images" / Path(name).name  # never a file of another folder
+    for name in dict.fromkeys(names):
+        path = folder / "images" / Path(name).name  # never a file of another folder
         with suppress(OSError, ValueError, SyntaxError), Image.open(path, formats=["PNG"]) as image:
             image.thumbnail((256, 256))
             image.convert("RGB").save(buffer := io.BytesIO(), "WEBP", quality=90)
@@ -125,99 +93,40 @@ def thumbnails(run: Run) -> dict[str, str]:
     return uris
 
 
-def seed_groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """Put runs together that differ only in settings that are not compared."""
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        compared = sorted(pair for pair in run.config.items() if pair[0] not in NOT_COMPARED)
-        groups.setdefault(tuple(compared) or (run.folder,), []).append(run)
-    return list(groups.values())
+def page(runs: list[dict]) -> str:
+    """The template, filled with the runs' data."""
+    template = (Path(__file__).parent / "assets/report.html").read_text(encoding="utf-8")
+    script = template.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    data = json.dumps({"runs": runs, "colours": COLOURS, "phrases": REFLECTION_PHRASES})
+    data = data.replace("<", "\\u003c")  # "</script>" would end the data
+    return template.replace("{{script_hash}}", digest).replace("{{data}}", data)
 
 
-def labels(groups: Sequence[list[Run]]) -> list[str]:
-    """Name each group by the settings that set it apart, or by the folder of its first run."""
-    configs = [group[0].config for group in groups]
-    shared = set.intersection(*map(set, configs)) - NOT_COMPARED
-    keys = [key for key in configs[0] if key in shared and len({c[key] for c in configs}) > 1]
-    keys.sort(key=lambda key: key != "stage")  # whether it is SFT or GRPO comes first
-    names = []
-    for group, config in zip(groups, configs, strict=True):
-        name = ", ".join(f"{key}={config[key]}" for key in keys[:4]) or group[0].name
-        names.append(f"{name} ({len(group)} seeds)" if len(group) > 1 else name)
-    return names
-
-
-def curve(group: Sequence[Run], key: str) -> np.ndarray:
-    """Rows: steps, mean and sample std over seeds, and both smoothed. Empty if no run has `key`."""
-    curves = [run.metrics[key] for run in group if key in run.metrics]
-    if not curves:
-        return np.empty((5, 0))
-    steps = sorted(set().union(*curves))
-    values = np.array([[curve.get(step, np.nan) for step in steps] for curve in curves])
-    seeds = (~np.isnan(values)).sum(0)  # that have reached the step; a single one has a std of 0
-    mean = np.nanmean(values, 0)
-    std = np.sqrt(np.nansum((values - mean) ** 2, 0) / np.maximum(seeds - 1, 1))
-    shown = np.unique(np.linspace(0, len(steps) - 1, MAX_POINTS).astype(int))
-    return np.stack([steps, mean, std, smooth(mean), smooth(std)])[:, shown].round(10)
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred moving average over a thirtieth of the curve, shorter at its ends."""
-    window = np.ones(2 * (len(values) // 60) + 1)
-    return np.convolve(values, window, "same") / np.convolve(values * 0 + 1, window, "same")
-
-
-def figure(groups: Sequence[list[Run]], names: Sequence[str] | None = None) -> Figure:
-    """Draw accuracy, length and looking again. `names` replaces the labels of the groups."""
-    several = len(groups) > 1
-    kinds = (
-        {"label": "greedy, on held-out questions", "marker": "o", "markersize": 4},
-        {"label": "sampled, in training", "linestyle": "--" if several else "-"},
-    )
+def figure(groups: dict[str, list[dict]]) -> Figure:
+    """Draw PANELS: a line per run, and a colour per named group. One group is not named."""
+    lines, several = {}, len(groups) > 1  # lines: what the legend shows
     with matplotlib.rc_context({"font.size": 11, "text.parse_math": False}):
         picture = Figure((12, 4), layout="constrained")
         for ax, (title, scale, *keys) in zip(picture.subplots(1, 3), PANELS, strict=True):
-            for g, group in enumerate(groups):
-                for k, key in enumerate(keys):
-                    steps, mean, std = curve(group, key)[[0, 3, 4]] * [[1], [scale], [scale]]
-                    colour = COLOURS[(g if several else k) % len(COLOURS)]
-                    ax.plot(steps, mean, color=colour, linewidth=2, **kinds[k])
-                    ax.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
+            for (g, name), (k, kind) in product(enumerate(groups), enumerate(KINDS)):
+                colour = COLOURS[(g if several else k) % len(COLOURS)]
+                for curve in [run["metrics"].get(keys[k], {}) for run in groups[name]]:
+                    values, reach = list(curve.values()), len(curve) // 60
+                    near = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+                    means = [scale * fmean(window) for window in near]
+                    (line,) = ax.plot(list(curve), means, KINDS[kind], color=colour, markersize=4)
+                    lines.setdefault(name if several else kind, line)
             ax.set(title=title, xlabel="update", ylim=(0, 102 if scale == 100 else None))
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(alpha=0.3)
-        ink = ["black"] * 2 if several else COLOURS[:2]
-        lines = [Line2D([], [], color=c, **kind) for c, kind in zip(ink, kinds, strict=True)]
-        if several:
-            named = zip(cycle(COLOURS), names or labels(groups), strict=False)
-            lines += [Line2D([], [], color=colour, lw=5, label=name) for colour, name in named]
-        picture.legend(handles=lines, loc="outside lower left", ncols=3, frameon=False)
+        dots = "with dots: {}; without: {}".format(*KINDS) if several else None
+        place = {"loc": "outside lower left", "ncols": 3, "alignment": "left", "frameon": False}
+        picture.legend(lines.values(), lines, title=dots, **place)
     return picture
 
 
-def page(groups: Sequence[list[Run]]) -> str:
-    """Fill the template with data. Each list in `curves` has an entry per group."""
-    runs = [run for group in groups for run in group]
-    keys = dict.fromkeys(key for run in runs for key in run.metrics)
-    data = {
-        "curves": {key: [curve(group, key).T.tolist() for group in groups] for key in keys},
-        "labels": labels(groups),
-        "members": [[run.name for run in group] for group in groups],
-        "colours": COLOURS,
-        "phrases": REFLECTION_PHRASES,
-        "names": [run.name for run in runs],
-        "configs": [run.config for run in runs],
-        "groups": [run.groups for run in runs],
-        "images": [thumbnails(run) for run in runs],
-    }
-    template = (Path(__file__).parent / "assets/report.html").read_text(encoding="utf-8")
-    script = re.search("<script>(.*?)</script>", template, re.DOTALL)[1]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = json.dumps(data).replace("<", "\\u003c")  # "</script>" would end the data
-    return template.replace("{{script_hash}}", digest).replace("{{data}}", text)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder of a run")
     parser.add_argument("--out", default="report.html", metavar="FILE", help="Page to write")
@@ -226,13 +135,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.error = lambda message: parser.exit(2, f"report.py: error: {message}; {valid}\n")
     args = parser.parse_args(argv)
     try:
-        groups = seed_groups([read_run(folder) for folder in dict.fromkeys(args.runs)])
+        runs = {folder: read_run(folder) for folder in args.runs}
     except UserError as error:
         sys.exit(f"report.py: error: {error}")
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(page(groups), encoding="utf-8")
+    Path(args.out).write_text(page([*runs.values()]), encoding="utf-8")
     if args.png:
-        figure(groups).savefig(args.png, format="png", dpi=150, metadata={"Software": None})
+        picture = figure({folder: [run] for folder, run in runs.items()})
+        picture.savefig(args.png, format="png", dpi=150, metadata={"Software": None})
     print("wrote", *filter(None, [args.out, args.png]))
 
 

@@ -118,9 +118,8 @@ def keep(results: dict) -> dict:
     for title, rows in SECTIONS.items():
         names = [name for name in dict.fromkeys(["default", *rows]) if finished(name)]
         if rows.keys() & names:
-            groups = [[report.read_run(run) for run in finished(name).values()] for name in names]
-            figure = report.figure(groups, names)
-            figure.savefig(picture(title), dpi=80, metadata={"Software": None})
+            runs = {name: [*map(report.read_run, finished(name).values())] for name in names}
+            report.figure(runs).savefig(picture(title), dpi=80, metadata={"Software": None})
     return results
 
 

@@ -185,7 +185,7 @@ def main() -> None:
                 train(loss_type, seed)
         keep_roads()
     runs = [report.read_run(KEPT / f"grpo-{seed}") for seed in SEEDS["dapo"]]
-    report.figure([runs]).savefig(ROOT / "assets" / "demo.png", dpi=120)
+    report.figure({"grpo": runs}).savefig(ROOT / "assets" / "demo.png", dpi=120)
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         page.write_text(insert_tables(page.read_text()))
 

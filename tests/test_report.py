@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import report
+from rewards import reflects
 
 CONFIG = {"stage": "grpo", "dataset": "toy", "seed": 0, "beta": 0.0, "versions": {"torch": "2"}}
 TASKS = ("Count", "Relation", "Depth", "Distance")
@@ -66,17 +67,13 @@ def folder(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "one")
 
 
-def groups_of(*folders: Path) -> list[list[report.Run]]:
-    return report.seed_groups([report.read_run(folder) for folder in folders])
+def runs_of(*folders: Path) -> list[dict]:
+    return [report.read_run(folder) for folder in folders]
 
 
 def page_data(*folders: Path) -> dict:
-    page = report.page(groups_of(*folders))
+    page = report.page(runs_of(*folders))
     return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
-
-
-def run_with(loss: dict[int, float], **config: str) -> report.Run:
-    return report.Run(Path("folder"), "folder", config, {"loss": loss})
 
 
 def test_a_line_that_is_cut_is_skipped_and_the_rest_is_read(tmp_path):
@@ -86,8 +83,8 @@ def test_a_line_that_is_cut_is_skipped_and_the_rest_is_read(tmp_path):
         with open(folder / name, "a") as file:
             file.write('{"step": 21, "loss": 0.5, "completions": ["a')
     cut = report.read_run(folder)
-    assert cut.metrics == whole.metrics and cut.groups == whole.groups
-    assert len(cut.metrics["loss"]) == 7 and len(cut.groups) == 7 * 4 + 6 * 2
+    assert cut["metrics"] == whole["metrics"] and cut["rollouts"] == whole["rollouts"]
+    assert len(cut["metrics"]["loss"]) == 7 and len(cut["rollouts"]) == 7 * 4 + 6 * 2
 
 
 def test_metrics_that_are_not_numbers_are_left_out(tmp_path):
@@ -95,25 +92,40 @@ def test_metrics_that_are_not_numbers_are_left_out(tmp_path):
     lines += ["[]", '{"loss": 1}', '{"step": 2, "loss": 0.5, "text": "x"}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     run = report.read_run(tmp_path)  # without config.json and rollouts.jsonl
-    assert run.metrics == {"eval/accuracy": {0: 0.25}, "loss": {2: 0.5}}
-    assert page_data(tmp_path)["curves"]["loss"] == [[[2.0, 0.5, 0.0, 0.5, 0.0]]]
+    assert run["metrics"] == {"eval/accuracy": {0: 0.25}, "loss": {2: 0.5}}
+    assert page_data(tmp_path)["runs"][0]["metrics"]["loss"] == {"2": 0.5}
 
 
-@pytest.mark.parametrize("split, first", [("eval", 0), ("train", 1)])
-def test_the_selected_steps_are_evenly_spaced_with_first_and_last(tmp_path, split, first):
-    line = {"split": split, "completions": ["a"]}
-    lines = [line | {"step": step} for step in range(first, 1501) for _ in range(20)]
-    write_lines(tmp_path / "rollouts.jsonl", lines)
-    groups = report.read_rollouts(tmp_path / "rollouts.jsonl", last_step=1500)
-    steps = [group["step"] for group in groups][:: report.SHOWN_GROUPS[split]]
-    assert steps[0] == first and steps[-1] == 1500 and len(steps) == report.SHOWN_STEPS + 1
-    assert len(groups) == len(steps) * report.SHOWN_GROUPS[split]
-    assert set(np.diff(steps)) <= {37, 38}  # 1500 / 40
+def test_the_rollouts_of_a_long_run_are_evenly_spaced_with_first_and_last(tmp_path):
+    folder, lines = write_run(tmp_path / "run"), []
+    for step in range(1501):
+        lines += [group(step, "train", i, [True, False]) for i in range(2 if step else 0)]
+        lines += [group(step, "eval", i, [True]) for i in range(3 if step % 100 == 0 else 0)]
+    write_lines(folder / "rollouts.jsonl", lines)
+    shown = {"train": [], "eval": []}
+    for line in report.read_run(folder)["rollouts"]:
+        shown[line["split"]].append(line["step"])
+    assert shown["eval"] == [step for step in range(0, 1501, 100) for _ in range(3)]
+    steps = shown["train"][::2]  # each has both of its groups
+    assert steps == shown["train"][1::2] and steps[0] == 1 and steps[-1] == 1500
+    assert 20 <= len(steps) <= 41 and len(set(np.diff(steps[:-1]))) == 1
 
 
-def test_a_completion_is_cut_around_its_first_reflection_phrase():
-    assert report.split_text("so. Wait, wait.") == ["so. ", "Wait", ", wait."]
-    assert report.split_text("people wait for a bus") == ["people wait for a bus"]
+def test_a_long_curve_keeps_its_first_its_last_and_every_held_out_point(tmp_path):
+    lines = [{"step": step, "loss": step * 2.0} for step in range(20_000)]
+    for line in lines[::500]:
+        line["eval/accuracy"] = 0.5
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    metrics = report.read_run(tmp_path)["metrics"]
+    assert list(metrics["eval/accuracy"]) == list(range(0, 20_000, 500))
+    steps = list(metrics["loss"])
+    assert steps == sorted(steps) and {0, 19_999} <= set(steps) and 1000 < len(steps) < 2_050
+    assert all(value == 2 * step for step, value in metrics["loss"].items())
+
+
+def test_runs_of_different_lengths_are_thinned_to_common_steps():
+    long, short = (report.thin([{"step": i} for i in range(n)], 100) for n in (1500, 700))
+    assert [line for line in long if line["step"] < 699] == short[:-1:2]
 
 
 def test_images_come_only_from_the_run_folder(tmp_path):
@@ -121,56 +133,13 @@ def test_images_come_only_from_the_run_folder(tmp_path):
     Image.new("RGB", (20, 20), "red").save(tmp_path / "secret.png")
     (folder / "images/broken.png").write_bytes(b"\x89PNG no more")
     names = ["../secret.png", str(tmp_path / "secret.png"), "broken.png", "\0.png", "images/0.png"]
-    uris = report.thumbnails(report.Run(folder, "run", groups=[{"images": names}]))
+    write_lines(folder / "rollouts.jsonl", [group(0, "eval", 0, [True]) | {"images": names}])
+    uris = report.read_run(folder)["images"]
     assert {name: uri[:16] for name, uri in uris.items()} == {"images/0.png": "data:image/webp;"}
 
 
-def test_seeds_become_their_mean_and_sample_standard_deviation():
-    runs = [run_with({0: 1.0, 1: 2.0, 2: 3.0}), run_with({0: 3.0, 1: 6.0})]  # one still runs
-    steps, mean, std, smooth_mean, smooth_std = report.curve(runs, "loss")
-    assert steps.tolist() == [0, 1, 2] and mean.tolist() == [2.0, 4.0, 3.0]
-    assert np.allclose(std, [2**0.5, 8**0.5, 0.0])
-    assert np.array_equal(smooth_mean, mean) and np.array_equal(smooth_std, std)  # too short
-    assert report.curve(runs, "no such metric").shape == (5, 0)
-
-
-def test_smoothing_averages_over_a_thirtieth_and_over_less_at_the_ends():
-    expected = [0.5, *range(1, 59), 58.5]  # windows of 3, and of 2 at the ends
-    assert np.allclose(report.smooth(np.arange(60.0)), expected)
-
-
-def test_a_long_curve_keeps_its_first_and_its_last_point():
-    rows = report.curve([run_with({step: step * 2.0 for step in range(20_000)})], "loss")
-    assert rows.shape == (5, report.MAX_POINTS)
-    assert rows[:2, [0, -1]].tolist() == [[0, 19_999], [0, 39_998]]
-
-
-def test_runs_that_differ_only_in_the_seed_are_grouped_and_others_are_not(tmp_path):
-    for beta in (0.0, 0.04):
-        for seed in range(2):
-            write_run(tmp_path / f"{beta}-{seed}", seed=seed, beta=beta, source="a1")
-    groups = groups_of(*sorted(tmp_path.iterdir()))
-    names = [[Path(run.name).name for run in group] for group in groups]
-    assert names == [["0.0-0", "0.0-1"], ["0.04-0", "0.04-1"]]
-    assert report.labels(groups) == ["beta=0.0 (2 seeds)", "beta=0.04 (2 seeds)"]
-    changed = write_run(tmp_path / "changed", seed=0, beta=0.04, source="b2")  # edited code
-    assert report.labels(groups_of(changed, tmp_path / "0.04-0")) == ["source=b2", "source=a1"]
-
-
-def test_labels_say_which_run_is_sft_and_which_is_grpo():
-    sft = run_with({}, learning_rate="0.1", stage="sft", target="answers")
-    grpo = run_with({}, learning_rate="0.2", stage="grpo", beta="0.0")
-    labels = report.labels([[sft], [grpo]])
-    assert labels == ["stage=sft, learning_rate=0.1", "stage=grpo, learning_rate=0.2"]
-
-
-def test_runs_without_settings_are_never_averaged():
-    runs = [report.Run(Path(name), name) for name in "ab"]
-    assert report.seed_groups(runs) == [[run] for run in runs]
-
-
 def test_the_picture_has_three_panels_with_greedy_and_sampled_lines(folder):
-    picture = report.figure(groups_of(folder))
+    picture = report.figure({"one": runs_of(folder)})
     assert [ax.get_title() for ax in picture.axes] == [title for title, *_ in report.PANELS]
     legend = [text.get_text() for text in picture.legends[0].get_texts()]
     assert legend == ["greedy, on held-out questions", "sampled, in training"]
@@ -178,13 +147,25 @@ def test_the_picture_has_three_panels_with_greedy_and_sampled_lines(folder):
     assert np.allclose(ends, [[87, 85], [50, 26], [100, 100]])
 
 
+def test_the_lines_of_the_picture_average_over_a_thirtieth_and_over_less_at_the_ends():
+    run = {"metrics": {"rewards/accuracy": {step: step / 100 for step in range(60)}}}
+    (line,) = (line for line in report.figure({"": [run]}).axes[0].lines if len(line.get_xdata()))
+    expected = [0.5, *range(1, 59), 58.5]  # windows of 3, and of 2 at the ends
+    assert np.allclose(line.get_ydata(), expected)
+
+
 def test_several_runs_have_a_colour_each_and_are_named_in_the_picture(tmp_path):
     folders = [write_run(tmp_path / str(i), beta=0.02 * i) for i in range(3)]
-    picture = report.figure(groups_of(*folders), names=["one", "t$wo$", "three"])
-    texts = [text.get_text() for text in picture.legends[0].get_texts()]
-    assert texts[2:] == ["one", "t$wo$", "three"]
+    names = ["one", "t$wo$", "three"]
+    seeds = [[run, run] for run in runs_of(*folders)]
+    picture = report.figure(dict(zip(names, seeds, strict=True)))
+    assert [text.get_text() for text in picture.legends[0].get_texts()] == names
+    explanation = picture.legends[0].get_title().get_text()
+    assert explanation.index("dots: greedy") < explanation.index("without: sampled")
     colours = [line.get_color() for line in picture.axes[0].lines]
-    assert colours == [colour for colour in report.COLOURS[:3] for _ in range(2)]
+    assert colours == [colour for colour in report.COLOURS[:3] for _ in range(4)]
+    markers = [line.get_marker() for line in picture.axes[0].lines]
+    assert markers == ["o", "o", "None", "None"] * 3
 
 
 HOSTILE = [
@@ -205,13 +186,13 @@ def write_hostile(folder: Path) -> Path:
 
 def test_what_a_run_contains_is_data_and_never_markup(folder, tmp_path):
     hostile = write_hostile(tmp_path / "hostile")
-    assert report.page(groups_of(hostile)).count("<") == report.page(groups_of(folder)).count("<")
-    (line,) = page_data(hostile)["groups"][0]
-    assert ["".join(parts) for parts in line["completions"]] == HOSTILE
+    assert report.page(runs_of(hostile)).count("<") == report.page(runs_of(folder)).count("<")
+    (line,) = page_data(hostile)["runs"][0]["rollouts"]
+    assert line["completions"] == line["options"] == HOSTILE
 
 
 def test_the_page_refers_to_nothing_outside_itself(folder):
-    page = report.page(groups_of(folder))
+    page = report.page(runs_of(folder))
     assert set(re.findall(r"https?://[^/]*/", page)) <= {"http://www.w3.org/"}  # namespaces
     assert not re.search(r"<(link|iframe|script[^>]* src|img)|@import|url\(|fetch\(", page)
     assert "default-src 'none'" in page and "{{" not in page
@@ -225,7 +206,7 @@ def command(*arguments) -> subprocess.CompletedProcess:
 def test_the_command_writes_the_page_and_the_picture(folder, tmp_path):
     done = command(folder, "--out", tmp_path / "new/page.html", "--png", tmp_path / "picture.png")
     assert done.returncode == 0 and done.stderr == ""
-    assert (tmp_path / "new/page.html").read_text("utf-8") == report.page(groups_of(folder))
+    assert (tmp_path / "new/page.html").read_text("utf-8") == report.page(runs_of(folder))
     assert Image.open(tmp_path / "picture.png").size == (1800, 600)
 
 
@@ -269,7 +250,7 @@ def browser(tmp_path_factory):
 
 
 def open_page(browser, path: Path, *folders: Path, width: int = 1280, theme: str = "light"):
-    path.write_text(report.page(groups_of(*folders)), encoding="utf-8")
+    path.write_text(report.page(runs_of(*folders)), encoding="utf-8")
     screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     scheme = {"name": "prefers-color-scheme", "value": theme}
@@ -290,6 +271,93 @@ def choose(browser, **values) -> list:
                     c.dispatchEvent(new Event(c.type === "range" ? "input" : "change"));"""
         browser.execute_script(script, name, value)
     return browser.find_elements("css selector", "#cards .card")
+
+
+def run_script(browser, tmp_path: Path, script: str, *arguments):
+    """What a line of JavaScript returns that calls functions of the page's script."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1}')
+    open_page(browser, tmp_path / "page.html", tmp_path)
+    return browser.execute_script(script, *arguments)
+
+
+@in_browser
+def test_seeds_become_their_mean_and_sample_standard_deviation(browser, tmp_path):
+    seeds = [{0: 1.0, 1: 2.0, 2: 3.0}, {0: 3.0, 1: 6.0}]  # one still runs
+    runs = [{"metrics": {"loss": seed}} for seed in seeds]
+    script = "return [curve(arguments[0], 'loss'), curve(arguments[0], 'no such metric')]"
+    rows, nothing = run_script(browser, tmp_path, script, runs)
+    steps, mean, std, smooth_mean, smooth_std = map(list, zip(*rows, strict=True))
+    assert steps == [0, 1, 2] and mean == [2, 4, 3] and nothing == []
+    assert np.allclose(std, [2**0.5, 8**0.5, 0])
+    assert smooth_mean == mean and smooth_std == std  # too short
+
+
+@in_browser
+def test_a_step_that_thinning_took_from_one_seed_is_left_out(browser, tmp_path):
+    seeds = [{0: 1.0, 1: 9.0, 2: 3.0, 3: 9.0, 4: 5.0, 5: 6.0}, {0: 1.0, 2: 3.0, 4: 5.0}]
+    runs = [{"metrics": {"loss": seed}} for seed in seeds]
+    rows = run_script(browser, tmp_path, "return curve(arguments[0], 'loss')", runs)
+    assert [row[:3] for row in rows] == [[0, 1, 0], [2, 3, 0], [4, 5, 0], [5, 6, 0]]
+
+
+@in_browser
+def test_smoothing_averages_over_a_thirtieth_and_over_less_at_the_ends(browser, tmp_path):
+    values = run_script(browser, tmp_path, "return smooth(arguments[0])", list(range(60)))
+    assert np.allclose(values, [0.5, *range(1, 59), 58.5])  # windows of 3, and of 2 at the ends
+
+
+@in_browser
+def test_a_completion_is_cut_around_its_first_reflection_phrase(browser, tmp_path):
+    texts = ["so. Wait, wait.", "people wait for a bus", "éwait", "hmmé", "on closer look"]
+    cuts = run_script(browser, tmp_path, "return arguments[0].map(cut)", texts)
+    assert cuts == [["so. ", "Wait", ", wait."], *([text] for text in texts[1:4])] + [
+        ["", "on closer look", ""]
+    ]
+    assert [reflects(text) for text in texts] == [len(parts) > 1 for parts in cuts]
+
+
+@in_browser
+def test_runs_that_differ_only_in_the_seed_are_grouped_and_others_are_not(browser, tmp_path):
+    runs = tmp_path / "runs"
+    for beta in (0.0, 0.04):
+        for seed in range(2):
+            write_run(runs / f"{beta}-{seed}", seed=seed, beta=beta, source="a1")
+    open_page(browser, tmp_path / "page.html", *sorted(runs.iterdir()))
+    assert texts(browser, "#legend span") == ["beta=0 (2 seeds)", "beta=0.04 (2 seeds)"]
+    folders = texts(browser, "#summary td:first-child .soft")
+    assert folders == ["runs/0.0-0, runs/0.0-1", "runs/0.04-0, runs/0.04-1"]
+    assert texts(browser, "#summary td:nth-child(3)") == ["42.0% → 87.0%"] * 2
+    changed = write_run(tmp_path / "changed", seed=0, beta=0.04, source="b2")  # edited code
+    open_page(browser, tmp_path / "page.html", changed, runs / "0.04-0")
+    assert texts(browser, "#legend span") == ["source=b2", "source=a1"]
+
+
+@in_browser
+def test_labels_say_which_run_is_sft_and_which_is_grpo(browser, tmp_path):
+    sft = write_run(tmp_path / "a", learning_rate=0.1, stage="sft", target="answers")
+    grpo = write_run(tmp_path / "b", learning_rate=2e-5)
+    open_page(browser, tmp_path / "page.html", sft, grpo)
+    labels = ["stage=sft, learning_rate=0.1", "stage=grpo, learning_rate=2e-5"]
+    assert texts(browser, "#legend span") == labels
+
+
+@in_browser
+def test_runs_without_settings_are_never_averaged(browser, tmp_path):
+    folders = [write_run(tmp_path / "runs" / name) for name in "ab"]
+    for folder in folders:
+        (folder / "config.json").unlink()
+    open_page(browser, tmp_path / "page.html", *folders)
+    assert texts(browser, "#summary td:first-child") == ["runs/a", "runs/b"]
+
+
+@in_browser
+def test_a_metric_that_is_zero_stays_in_a_chart_that_is_not(browser, tmp_path):
+    lines = [{"step": i, "eval/reflection": 0.0, "completions/reflection": 0.5} for i in range(3)]
+    write_lines(tmp_path / "metrics.jsonl", [line | {"kl": 0.0} for line in lines])
+    open_page(browser, tmp_path / "page.html", tmp_path)
+    (values,) = texts(browser, ".values")
+    assert values.split("\n") == ["greedy, held-out", "0%", "sampled, training", "50%"]
+    assert texts(browser, "#zero") == ["Always zero (below 1e-7): kl"]
 
 
 @in_browser
