@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from transformers import AutoModelForImageTextToText
+from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (
@@ -81,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=40, help="Seconds that a save takes")
     options = parser.parse_args()
+    disable_progress_bar()
     complete = {}
     for timeout in (600, 30):
         with tempfile.TemporaryDirectory() as folder:

@@ -32,14 +32,14 @@ def complain(line: str) -> None:
     """Print a one-line error. Other ranks wait, so that rank 0's message comes first."""
     if rank := int(os.environ.get("RANK", 0)):
         line = f"rank {rank}: {line}"
-        wait_for_launcher()
+        wait_for_launcher(5)
     print(" ".join(line.split()), file=sys.stderr, flush=True)
 
 
-def wait_for_launcher() -> None:
+def wait_for_launcher(seconds: float) -> None:
     """Give the launcher time to end this process because another one has failed."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(5)
+    time.sleep(seconds)
 
 
 # --- flags ---------------------------------------------------------------------------------------

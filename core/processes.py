@@ -54,7 +54,7 @@ def launch(main: Callable[[], int | None]) -> None:
         raise
     except RuntimeError as error:
         if "Connection closed by peer" in str(error):  # another rank failed, and says why
-            wait_for_launcher()
+            wait_for_launcher(30)
         raise
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         # The process group must not be destroyed while DDP's reducer lives: the reducer's
