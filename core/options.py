@@ -138,7 +138,7 @@ HUGGING_FACE = {  # what people who know transformers and TRL type first
     "dataset_name": "--dataset",
     "bf16": "--precision bf16",
 }
-OF_ONE_RUN = ("output_dir", "resume", "overwrite", "config")
+OF_ONE_RUN = {"output_dir", "resume", "overwrite", "config"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -153,7 +153,7 @@ class Parser(argparse.ArgumentParser):
             argument_default=argparse.SUPPRESS,  # `read` returns only what was given
         )
         kinds, group = typing.get_type_hints(options_class), self
-        self.names = [f.name for f in dataclasses.fields(options_class)]
+        self.names = kinds.keys()
         for f in dataclasses.fields(options_class):
             if f.metadata["group"]:
                 group = self.add_argument_group(f.metadata["group"])
@@ -177,24 +177,21 @@ class Parser(argparse.ArgumentParser):
 
     def read_file(self, path: str | Path) -> dict:
         """The flags in a YAML file, or in the config.json of a run."""
+        words = []
         try:
             values = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read the config file {path}: {error}") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{path} does not hold `flag: value` lines")
-        if "versions" in values:  # of a run, which also holds facts and its own folder
-            names = [name for name in self.names if name not in OF_ONE_RUN]
-            values = {name: values[name] for name in names if name in values}
-        words = []
-        for name, value in values.items():
-            if value != []:
-                words.append(f"--{name}")
-                words += map(show, value if isinstance(value, list) else [value])
-        try:
+            if not isinstance(values, dict):
+                raise UserError("it does not hold `flag: value` lines")
+            if "versions" in values:  # of a run, which also holds facts and its own folder
+                names = self.names - OF_ONE_RUN
+                values = {name: value for name, value in values.items() if name in names}
+            for name, value in values.items():
+                if value != []:
+                    words.append(f"--{name}")
+                    words += map(show, value if isinstance(value, list) else [value])
             return self.read(words)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+        except (OSError, yaml.YAMLError, UserError) as error:
+            raise UserError(f"config file {path}: {error}") from error
 
 
 def settings_of(kind, limits: dict) -> dict:
