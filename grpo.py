@@ -18,6 +18,7 @@ How this differs from GRPO as published (arXiv 2402.03300) and from VisualThinke
 
     accelerate launch grpo.py                         # the toy world, any CPU, two minutes
     accelerate launch grpo.py --dataset sat           # the paper's run, one GPU with 80 GB
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # several processes: seconds to save after Ctrl-C
     accelerate launch --config_file configs/ddp.yaml grpo.py --dataset sat     # several GPUs
     accelerate launch --config_file configs/fsdp.yaml grpo.py --dataset sat    # several, sharded
 
@@ -99,8 +100,6 @@ class GRPOOptions(TrainingOptions):
         super().check()
         if self.reward_weights and len(self.reward_weights) != len(self.rewards):
             raise UserError("argument --reward_weights: needs one weight for each of --rewards")
-        if self.save_steps % self.num_iterations:
-            raise UserError("argument --save_steps: must be a multiple of --num_iterations")
         load_rewards(self.rewards)
         if self.epsilon is None:
             self.epsilon = 3e-4 if self.importance_sampling_level == "sequence" else 0.2
@@ -328,8 +327,10 @@ def main() -> int | None:
         logs.metrics(metrics)
         if logs.is_best(metrics):
             save("best")
-        stopping = step % options.num_iterations == 0 and stop.received()
-        if stopping or (options.save_steps and step % options.save_steps == 0):
+        if step % options.num_iterations:
+            continue  # a run can only resume between two rollouts
+        stopping = stop.received()
+        if stopping or (options.save_steps and step % options.save_steps < options.num_iterations):
             save(f"checkpoint-{step}", optimizer)
         if stopping:
             logs.say_stopped(step)

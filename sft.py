@@ -12,8 +12,9 @@ How this differs from the paper's run and from its code:
 
     accelerate launch sft.py                                     # toy baseline, any CPU, minutes
     accelerate launch sft.py --dataset sat                       # the paper's SFT run on one GPU
-    accelerate launch --config_file configs/ddp.yaml sft.py --dataset sat
     accelerate launch sft.py --dataset clevr-cot --target trace  # cold start
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # several processes: seconds to save after Ctrl-C
+    accelerate launch --config_file configs/ddp.yaml sft.py --dataset sat
 """
 
 import contextlib
@@ -126,7 +127,6 @@ def main() -> int | None:
         options.max_steps = math.ceil(rows_of_run / options.rows_per_update)
     logs = Logs(options, accelerator, model, prompts, step_of(checkpoint))
     policy, optimizer = prepare(Policy(model), options, accelerator, checkpoint)
-    sampler.refresh(policy)  # with the adapters of the checkpoint
     guarded_step = GuardedStep(policy, optimizer, options, accelerator)
     stop = StopSignal(accelerator)
     score = bare_accuracy if bare else accuracy_reward

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import report  # noqa: E402
-from core.options import default_of, show  # noqa: E402
+from core.options import show  # noqa: E402
 from grpo import GRPOOptions  # noqa: E402
 
 KEPT = ROOT / "assets" / "demo"
@@ -148,14 +148,11 @@ def flag_table() -> str:
     """Every flag of grpo.py, with the values of both recipes."""
     lines = ["| flag | toy | paper | what it does |", "|---|---|---|---|"]
     for f in dataclasses.fields(GRPOOptions):
-        toy, paper = (f"`{show(v)}`" if v not in (None, []) else "" for v in both_values(f))
+        values = (f.metadata[recipe] for recipe in ("toy", "paper"))
+        toy, paper = (f"`{show(v)}`" if v not in (None, []) else "" for v in values)
         text = f.metadata["help"].replace("|", "\\|")
         lines.append(f"| `--{f.name}` | {toy} | {paper} | {text} |")
     return "\n".join(lines)
-
-
-def both_values(f: dataclasses.Field) -> tuple:
-    return tuple(default_of(f, recipe) for recipe in ("toy", "paper"))
 
 
 TABLES = {

@@ -17,10 +17,9 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
 
-from core.logs import read_lines
 from core.lora import whole_weights
-from core.options import TrainingOptions, UserError
-from core.qwen import Processor, save_policy
+from core.options import TrainingOptions, UserError, run_config
+from core.qwen import save_policy
 
 WHOLE = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 ADAPTERS = replace(WHOLE, ignore_frozen_params=True, strict=False)
@@ -53,17 +52,17 @@ def find_checkpoint(options: TrainingOptions, accelerator: Accelerator) -> Path 
     newest = broadcast_object_list([(list_checkpoints(folder) or [None])[-1]])[0]
     if newest and not newest.exists():
         raise UserError(f"{newest} cannot be read here: all machines must share the run's folder")
-    if (folder / "final").exists():
-        done = max((line["step"] for line in read_lines(folder / "metrics.jsonl")), default=0)
-        if done >= options.max_steps:
-            accelerator.print(f"{folder} is complete: all {options.max_steps} updates are done")
-            sys.exit(0)
-        if newest is None:
-            raise UserError(
-                f"{folder} is a finished run of {done} updates without a checkpoint: train "
-                f"{folder / 'final'} further with --model and another --output_dir, or start again "
-                "with --overwrite in place of --resume"
-            )
+    done = run_config(folder / "final").get("max_steps", 0)
+    if done >= options.max_steps:
+        if accelerator.is_main_process:
+            print(f"{folder} is complete: all {options.max_steps} updates are done")
+        sys.exit(0)
+    if done and newest is None:
+        raise UserError(
+            f"{folder} is a finished run of {done} updates without a checkpoint: train "
+            f"{folder / 'final'} further with --model and another --output_dir, or start again "
+            "with --overwrite in place of --resume"
+        )
     if accelerator.is_main_process:
         print(f"resuming from {newest}" if newest else f"no checkpoint in {folder}: starting anew")
     return newest
@@ -90,41 +89,39 @@ def save_model(policy, processor, options, accelerator, name: str, optimizer=Non
     number of processes can resume from it. Raises UserError if the disk is full or a weight is not
     finite.
     """
-    weights, state = {}, None
+    weights, state, problem = {}, {}, None
     for parameter, weight in whole_weights(policy):  # gathered by all, kept by rank 0
         if accelerator.is_main_process:
             weights[parameter] = weight.cpu()
     if optimizer is not None:
         optimizer = optimizer.optimizer
-        state = {"optimizer": sharded.get_optimizer_state_dict(policy, optimizer, options=WHOLE)}
+        state["optimizer"] = sharded.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
         if options.lora_rank:  # the model beside it is merged and rounded
             trained = sharded.get_model_state_dict(policy, options=ADAPTERS)
             # torch does not ignore the head, which is frozen under the embedding's name too
             state["adapters"] = {name: w for name, w in trained.items() if "lora_" in name}
-    problem = None
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(policy).model
-        folder = Path(options.output_dir)
+        target = Path(options.output_dir) / name
         try:
-            write_whole_model(folder / name, model, processor, weights, state)
+            if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+                raise OSError(f"{bad[0]} is not finite")
+            write_folder(target, accelerator.unwrap_model(policy).model, processor, weights, state)
             if state and options.save_total_limit:
-                for old in list_checkpoints(folder)[: -options.save_total_limit]:
+                for old in list_checkpoints(target.parent)[: -options.save_total_limit]:
                     remove(old)
         except (OSError, RuntimeError, SafetensorError) as error:
             # torch.save hides the cause behind an error of its own
-            problem = f"could not save {folder / name}: {error.__context__ or error}"
+            problem = f"could not save {target}: {error.__context__ or error}"
     if problem := broadcast_object_list([problem])[0]:
         raise UserError(f"{problem}. --resume continues from the newest checkpoint.")
 
 
-def write_whole_model(target: Path, model, processor: Processor, weights: dict, state) -> None:
+def write_folder(target: Path, model, processor, weights: dict, state: dict) -> None:
     """Write under a temporary name, then rename."""
-    if bad := [name for name, weight in weights.items() if not weight.isfinite().all()]:
-        raise OSError(f"{bad[0]} is not finite")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir()
         save_policy(model, processor, partial, weights)
         shutil.copy(target.parent / "config.json", partial / "run_config.json")
         if state:

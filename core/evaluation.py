@@ -1,6 +1,7 @@
 """Greedy answers to held-out questions, during training."""
 
 from collections.abc import Callable
+from statistics import fmean
 
 import torch
 from accelerate.utils import gather_object
@@ -31,31 +32,19 @@ def evaluate(
     tokens and `eval/reflection`.
     """
     answers, records = [], []
+    how = {"temperature": 0.0, "decoding": getattr(options, "decoding", "eager")}
     for start in range(0, len(prompts.held_out), BATCH):
         batch = prompts.held_out[start : start + BATCH]
         inputs = processor.collate([prompt.inputs for prompt in batch])
-        decoding = getattr(options, "decoding", "eager")
-        ids, mask, _ = sample(
-            model, inputs, 1, options.max_completion_length, temperature=0.0, decoding=decoding
-        )
+        ids, mask, _ = sample(model, inputs, 1, options.max_completion_length, **how)
         texts, lengths = processor.decode(ids, mask), mask.sum(-1).tolist()
         for prompt, text, length in zip(batch, texts, lengths, strict=True):
             right = score(prompt.opening + text, prompt.row)
-            answers.append(
-                {
-                    "accuracy": right,
-                    prompt.row["task"]: right,
-                    "completion_length": length,
-                    "reflection": float(reflects(text)),
-                }
-            )
-            records.append(
-                {"prompt": prompt, "completions": [text], "rewards": {"accuracy": [right]}}
-            )
+            scores = {"accuracy": right, prompt.row["task"]: right}
+            answers.append(scores | {"completion_length": length, "reflection": reflects(text)})
+            rewards = {"accuracy": [right]}
+            records.append({"prompt": prompt, "completions": [text], "rewards": rewards})
     logs.rollouts(records[:LOGGED], step, "eval")
     answers = gather_object(answers)
-    means = {}
-    for name in sorted({name for answer in answers for name in answer}):
-        values = [answer[name] for answer in answers if name in answer]
-        means[f"eval/{name}"] = sum(values) / len(values)
-    return means
+    names = sorted(set().union(*answers))
+    return {f"eval/{name}": fmean(a[name] for a in answers if name in a) for name in names}

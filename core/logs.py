@@ -26,7 +26,6 @@ from tqdm import tqdm
 from core.options import TrainingOptions
 from core.prompts import Prompts
 from core.qwen import count_parameters
-from core.user_rewards import own_files
 
 ROOT = Path(__file__).parent.parent
 STUCK = "accuracy stays near 0 while format rises: see docs/grpo.md, 'Why is my accuracy near 0'"
@@ -39,15 +38,13 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def source_hash(files: list[str]) -> str:
-    """A hash of the code that trains. It tells runs before and after an edit apart.
-
-    `files` are the user's own, such as those of `--rewards`.
-    """
-    code = {path for folder in (ROOT, ROOT / "core", ROOT / "toy") for path in folder.glob("*.py")}
-    code = sorted(code - {ROOT / "report.py", ROOT / "eval_cvbench.py"})
-    text = b"".join(Path(path).read_bytes() for path in [*code, *files])
-    return f"{zlib.crc32(text):08x}"
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a log, without one that was cut short."""
+    lines = []
+    for line in path.open() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
 
 
 class Logs:
@@ -66,33 +63,32 @@ class Logs:
         start_step: int,
     ):
         self.folder, self.accelerator = Path(options.output_dir), accelerator
-        self.main, self.tracked = accelerator.is_main_process, bool(options.log_with)
-        self.start_step = start_step
+        self.main, self.start_step = accelerator.is_main_process, start_step
         config = describe_run(options, accelerator, model, prompts)
         accelerator.wait_for_everyone()  # every process has looked at the folder
         if self.main:
-            self.open_folder(options, config)
+            self.open_folder(config)
             announce(config, model)
         accelerator.wait_for_everyone()
         self.recent, self.warned = [], False  # see `is_stuck`
         self.best = (-1.0, 0)  # held-out accuracy, update
         for metrics in read_lines(self.folder / "metrics.jsonl"):
             self.is_best(metrics)
-        if self.tracked:
+        if options.log_with:
             flat = {name: str(value) for name, value in config.items()}
             here = {"wandb": {"dir": str(self.folder)}}  # the others read project_dir
             accelerator.init_trackers(self.folder.name, config=flat, init_kwargs=here)
         bar = dict(total=options.max_steps, initial=start_step, disable=not self.main)
         self.bar = tqdm(unit="update", **bar)
 
-    def open_folder(self, options: TrainingOptions, config: dict) -> None:
+    def open_folder(self, config: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        doomed = list(self.folder.glob(".*.partial"))
-        if options.overwrite and not options.resume:
-            for pattern in ("checkpoint-*[0-9]", "final", "best", "images"):
-                doomed += self.folder.glob(pattern)
-        for path in doomed:
-            shutil.rmtree(path)
+        doomed = [".*.partial"]
+        if config["overwrite"] and not config["resume"]:
+            doomed += ["checkpoint-*[0-9]", "final", "best", "images"]
+        for pattern in doomed:
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path)
         write_whole(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
             kept = read_lines(path) if self.start_step else []
@@ -101,18 +97,17 @@ class Logs:
 
     def metrics(self, metrics: dict) -> None:
         """Append one update's metrics, already averaged over all processes."""
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in metrics.items()
+        metrics = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
         }
         if self.main:
             with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(finite) + "\n")
-        if self.tracked:
-            numbers = {key: value for key, value in finite.items() if value is not None}
-            self.accelerator.log(numbers, step=metrics["step"])
+                file.write(json.dumps(metrics) + "\n")
+        numbers = {name: value for name, value in metrics.items() if value is not None}
+        self.accelerator.log(numbers, step=metrics["step"])  # to the trackers
         names = ("loss", "reward", "rewards/accuracy", "completions/mean_length")
-        shown = {name: f"{metrics[name]:.3g}" for name in names if name in metrics}
+        shown = {name: f"{numbers[name]:.3g}" for name in names if name in numbers}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(metrics["step"] - self.bar.n)
         self.recent = [*self.recent, metrics][-20:]
@@ -147,22 +142,21 @@ class Logs:
         return True
 
     def say_stopped(self, step: int) -> None:
-        self.bar.close()
+        self.close()
         if self.main:
-            script = Path(sys.argv[0]).name
-            print(
-                f"stopped after update {step}; {script} --resume --output_dir {self.folder} "
-                f"continues from checkpoint-{step}",
-                flush=True,
-            )
+            again = f"{Path(sys.argv[0]).name} --resume --output_dir {self.folder}"
+            print(f"stopped after update {step}; {again} continues from checkpoint-{step}")
 
     def conclude(self, skipped: str | None) -> None:
-        self.bar.close()
-        if self.tracked:
-            self.accelerator.end_training()
+        self.close()
         if self.main:
             print_summary(self.folder, self.best)
             print("\n".join(filter(None, [skipped, f"saved in {self.folder}"])), flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # not end_training, which also destroys the process group
 
 
 def save_images(folder: Path, row: dict, split: str) -> list[str]:
@@ -205,15 +199,6 @@ def is_stuck(recent: Sequence[dict]) -> bool:
     return len(recent) == 20 and accuracy < 0.02 and form > 0.5
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a log, without one that was cut short."""
-    lines = []
-    for line in path.open() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
-
-
 def describe_run(options, accelerator, model, prompts) -> dict:
     """config.json: every option as resolved, and the facts that explain the numbers."""
     libraries = {lib.__name__: lib.__version__ for lib in (torch, transformers, accelerate)}
@@ -224,11 +209,22 @@ def describe_run(options, accelerator, model, prompts) -> dict:
         "processes": accelerator.num_processes,
         "device": str(accelerator.device),
         "mixed_precision": accelerator.mixed_precision,
-        "source": source_hash(own_files(options)),
+        "source": source_hash(getattr(options, "rewards", [])),
         "model_commit": getattr(model, "hub_commit", None),
         "data_commit": getattr(prompts.feed.rows, "commit", None),
         "versions": {"python": platform.python_version()} | libraries,
     }
+
+
+def source_hash(rewards: list[str]) -> str:
+    """A hash of the code that trains, the user's own rewards included.
+
+    It tells runs before and after an edit apart.
+    """
+    code = {path for folder in (ROOT, ROOT / "core", ROOT / "toy") for path in folder.glob("*.py")}
+    code = sorted(code - {ROOT / "report.py", ROOT / "eval_cvbench.py"})
+    code += [Path(name.rpartition(":")[0]) for name in rewards if ":" in name]
+    return f"{zlib.crc32(b''.join(path.read_bytes() for path in code)):08x}"
 
 
 def announce(config: dict, model: torch.nn.Module) -> None:

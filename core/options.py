@@ -17,7 +17,6 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -33,9 +32,14 @@ def complain(line: str) -> None:
     """Print a one-line error. Other ranks wait, so that rank 0's message comes first."""
     if rank := int(os.environ.get("RANK", 0)):
         line = f"rank {rank}: {line}"
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher ends them while they wait
-        time.sleep(5)
+        wait_for_launcher(5)
     print(" ".join(line.split()), file=sys.stderr, flush=True)
+
+
+def wait_for_launcher(seconds: float) -> None:
+    """Give the launcher time to end this process because another one has failed."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
 
 
 # --- flags ---------------------------------------------------------------------------------------
@@ -45,12 +49,12 @@ def flag(default, help: str, *, paper=..., group: str | None = None, **limits: f
     """A field of an options dataclass.
 
     `default` is the toy recipe's value and `paper` the paper recipe's, where it differs. `limits`
-    are any of `ge`, `gt`, `le`, `lt`. `group` is the heading in `--help` from this flag on.
+    are any of `ge`, `gt`, `le`. `group` is the heading in `--help` from this flag on.
     """
     paper = default if paper is ... else paper
-    about = {"help": help, "paper": paper, "group": group, "limits": limits}
+    about = {"help": help, "toy": default, "paper": paper, "group": group, "limits": limits}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=about)
+        return field(default_factory=default.copy, metadata=about)
     return field(default=default, metadata=about)
 
 
@@ -136,22 +140,82 @@ HUGGING_FACE = {  # what people who know transformers and TRL type first
     "dataset_name": "--dataset",
     "bf16": "--precision bf16",
 }
-OF_ONE_RUN = ("output_dir", "resume", "overwrite", "config")
+OF_ONE_RUN = {"output_dir", "resume", "overwrite", "config"}
 
 
 class Parser(argparse.ArgumentParser):
+    """The flags of an options dataclass. A mistake raises UserError."""
+
+    def __init__(self, options_class: type, description: str | None):
+        super().__init__(
+            usage="%(prog)s [--flag value …]",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,  # `read` returns only what was given
+        )
+        kinds, group = typing.get_type_hints(options_class), self
+        self.names = kinds.keys()
+        for f in dataclasses.fields(options_class):
+            if f.metadata["group"]:
+                group = self.add_argument_group(f.metadata["group"])
+            settings = settings_of(kinds[f.name], f.metadata["limits"])
+            group.add_argument(f"--{f.name}", help=help_text(f), **settings)
+
     def error(self, message: str) -> NoReturn:
-        """Print one line and exit with code 2. An unknown option is answered with valid ones."""
-        valid = sorted({o for action in self._actions for o in action.option_strings} - {"-h"})
-        if "unrecognized" in message:
-            words = [word for word in message.split() if word.startswith("--")]
-            name = words[0].lstrip("-").split("=")[0] if words else ""
-            near = difflib.get_close_matches("--" + name, valid, 3)
+        raise UserError(message)
+
+    def read(self, words: list[str]) -> dict:
+        """The flags among command line words: name -> value."""
+        words = [re.sub("(?<=^--)[^=]+", lambda m: m[0].replace("-", "_"), w) for w in words]
+        given, unknown = self.parse_known_args(words)
+        if unknown:
+            name = unknown[0].lstrip("-").partition("=")[0]
+            near = [f"--{valid}" for valid in difflib.get_close_matches(name, self.names, 3)]
             hint = HUGGING_FACE.get(name) or " or ".join(near)
-            message += f". Did you mean {hint}?" if hint else ""
-            message += f" Valid: {' '.join(valid)}"
-        complain(f"{self.prog}: error: {message}")
-        sys.exit(2)
+            hint = f"Did you mean {hint}?" if hint else "See --help for the valid ones."
+            raise UserError(f"unknown option {name}. {hint}")
+        return vars(given)
+
+    def read_file(self, path: str | Path) -> dict:
+        """The flags in a YAML file, or in the config.json of a run."""
+        words = []
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+            if not isinstance(values, dict):
+                raise UserError("it does not hold `flag: value` lines")
+            if "versions" in values:  # of a run, which also holds facts and its own folder
+                names = self.names - OF_ONE_RUN
+                values = {name: value for name, value in values.items() if name in names}
+            for name, value in values.items():
+                if value != []:
+                    words.append(f"--{name}")
+                    words += map(show, value if isinstance(value, list) else [value])
+            return self.read(words)
+        except (OSError, yaml.YAMLError, UserError) as error:
+            raise UserError(f"config file {path}: {error}") from error
+
+
+def settings_of(kind, limits: dict) -> dict:
+    """What argparse needs to read a flag of this type and within these limits."""
+    if typing.get_origin(kind) is Literal:
+        return {"choices": typing.get_args(kind)}
+    if kind is bool:
+        return {"nargs": "?", "const": True, "type": boolean, "metavar": "BOOL"}
+    optional, several = isinstance(kind, types.UnionType), typing.get_origin(kind) is list
+    if optional or several:
+        kind = typing.get_args(kind)[0]
+
+    def read(text: str):
+        if optional and text == "none":
+            return None
+        value = kind(text)
+        if kind is not str:
+            check_range(value, limits)
+        return value
+
+    read.__name__ = kind.__name__  # for "invalid int value: 'many'"
+    return {"type": read, "metavar": "VALUE"} | ({"nargs": "+"} if several else {})
 
 
 def boolean(text: str) -> bool:
@@ -160,39 +224,17 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def build_parser(options_class: type, description: str | None) -> Parser:
-    """A parser of the dataclass's flags that reports only the flags that were given."""
-    parser = Parser(
-        usage="%(prog)s [--flag value …]",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    hints = typing.get_type_hints(options_class)
-    group = parser
-    for f in dataclasses.fields(options_class):
-        if f.metadata["group"]:
-            group = parser.add_argument_group(f.metadata["group"])
-        kind, settings = hints[f.name], {"metavar": "VALUE"}
-        if isinstance(kind, types.UnionType):  # X | None
-            kind = typing.get_args(kind)[0]
-            settings["type"] = lambda text, kind=kind: None if text == "none" else kind(text)
-            settings["type"].__name__ = kind.__name__
-        elif typing.get_origin(kind) is Literal:
-            settings = {"choices": typing.get_args(kind)}
-        elif typing.get_origin(kind) is list:
-            settings |= {"nargs": "+", "type": typing.get_args(kind)[0]}
-        elif kind is bool:
-            settings = {"nargs": "?", "const": True, "type": boolean, "metavar": "BOOL"}
-        else:
-            settings["type"] = kind
-        group.add_argument(f"--{f.name}", help=help_text(f), **settings)
-    return parser
+def check_range(value: float, limits: dict) -> None:
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {value}")
+    for limit, bound in limits.items():
+        if not getattr(operator, limit)(value, bound):
+            words = {"ge": "at least", "gt": "above", "le": "at most"}[limit]
+            raise argparse.ArgumentTypeError(f"must be {words} {bound}, not {value}")
 
 
 def help_text(f: dataclasses.Field) -> str:
-    toy, paper = default_of(f, "toy"), f.metadata["paper"]
+    toy, paper = f.metadata["toy"], f.metadata["paper"]
     values = f" [toy {show(toy)}, paper {show(paper)}]"
     if toy == paper:
         values = "" if toy in (None, []) else f" [default {show(toy)}]"
@@ -200,15 +242,10 @@ def help_text(f: dataclasses.Field) -> str:
 
 
 def show(value) -> str:
+    """A flag's value as it is typed."""
     if isinstance(value, list):
         return " ".join(map(str, value))
     return str(value).lower() if value in (None, True, False) else str(value)
-
-
-def default_of(f: dataclasses.Field, recipe: str):
-    if recipe == "paper":
-        return f.metadata["paper"]
-    return f.default if f.default is not dataclasses.MISSING else f.default_factory()
 
 
 def parse_options(options_class: type, description: str | None = None, argv=None):
@@ -216,58 +253,26 @@ def parse_options(options_class: type, description: str | None = None, argv=None
 
     The result also has `recipe_reason`, why its recipe was chosen.
     """
-    argv = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
-    parser = build_parser(options_class, description)
-    fields = dataclasses.fields(options_class)
-    names = [f.name for f in fields]
+    parser = Parser(options_class, description)
     try:
-        given = vars(parser.parse_args(argv))
-        if given.get("config"):
-            given = vars(parser.parse_args(flags_of(given["config"], names) + argv))
+        typed = parser.read(sys.argv[1:] if argv is None else list(argv))
+        given = typed
+        if "config" in typed:
+            given = parser.read_file(typed["config"]) | typed
         name = f"{Path(parser.prog).stem}-{Path(given.get('dataset', 'toy')).stem}"
         folder = given.get("output_dir") or f"outputs/{name}"
         if given.get("resume") and (own := Path(folder) / "config.json").exists():
-            given |= vars(parser.parse_args(flags_of(own, names) + argv))
+            given |= parser.read_file(own) | typed
         recipe, reason = choose_recipe(given, given.get("dataset", options_class.dataset))
-        values = {f.name: given.get(f.name, default_of(f, recipe)) for f in fields}
-        options = options_class(**values | {"recipe": recipe})
+        values = {f.name: f.metadata[recipe] for f in dataclasses.fields(options_class)}
+        options = options_class(**values | given | {"recipe": recipe})
         options.recipe_reason = reason
-        for f in fields:
-            value = getattr(options, f.name)
-            for number in value if isinstance(value, list) else [value]:
-                check_range(f.name, number, f.metadata["limits"])
         options.check()
         options.output_dir = options.output_dir or folder
     except UserError as error:
-        parser.error(str(error))
+        complain(f"{parser.prog}: error: {error}")
+        sys.exit(2)
     return options
-
-
-def underscored(word: str) -> str:
-    """`--max-steps=3` as `--max_steps=3`."""
-    return re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
-
-
-def flags_of(path: str | Path, known: Sequence[str]) -> list[str]:
-    """The content of a config file as command line flags."""
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the config file {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold `flag: value` lines")
-    of_a_run = "versions" in values  # a config.json, which also holds facts and another folder
-    words = []
-    for name, value in values.items():
-        name = str(name).replace("-", "_")
-        if (of_a_run and (name in OF_ONE_RUN or name not in known)) or value == []:
-            continue
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 3)
-            raise UserError(f"{path}: unknown option {name}; nearest valid: {' '.join(near)}")
-        words.append(f"--{name}")
-        words += map(show, value if isinstance(value, list) else [value])
-    return words
 
 
 def choose_recipe(given: dict, dataset: str) -> tuple[str, str]:
@@ -284,18 +289,7 @@ def choose_recipe(given: dict, dataset: str) -> tuple[str, str]:
     return "paper", "neither model nor dataset is the toy's"
 
 
-def run_config(model: str) -> dict:
+def run_config(folder: str | Path) -> dict:
     """What the run that saved this model folder was told, or nothing."""
-    path = Path(model) / "run_config.json"
+    path = Path(folder) / "run_config.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def check_range(name: str, value, limits: dict) -> None:
-    if not isinstance(value, int | float):
-        return
-    if not math.isfinite(value):
-        raise UserError(f"argument --{name}: must be a finite number, not {value}")
-    for limit, bound in limits.items():
-        if not getattr(operator, limit)(value, bound):
-            words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}[limit]
-            raise UserError(f"argument --{name}: must be {words} {bound}, not {value}")

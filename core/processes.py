@@ -18,17 +18,17 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
-    LoggerType,
 )
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from core.lora import whole_weights
-from core.options import StageOptions, UserError, complain
+from core.options import StageOptions, UserError, complain, wait_for_launcher
 
 
 def launch(main: Callable[[], int | None]) -> None:
@@ -52,23 +52,20 @@ def launch(main: Callable[[], int | None]) -> None:
             "--max_completion_length, or add --gradient_checkpointing or --lora_rank 16."
         )
         raise
+    except RuntimeError as error:
+        if "Connection closed by peer" in str(error):  # another rank failed, and says why
+            wait_for_launcher(30)
+        raise
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        end_process(code)
+        # The process group must not be destroyed while DDP's reducer lives: the reducer's
+        # destructor then waits for a thread that waits for Python, and a finished run hangs.
+        gc.collect()  # `main` has returned, so the wrapped policy goes now
+        if code == 0:
+            PartialState().destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # without the interpreter's own clean-up, which can hang too
     sys.exit(code)
-
-
-def end_process(code: int) -> None:
-    """Leave the process group and end this process without the interpreter's own clean-up.
-
-    The group must not be destroyed while DDP's reducer lives: the reducer's destructor then waits
-    for a thread that waits for Python, and a finished run hangs.
-    """
-    gc.collect()  # `main` has returned, so the wrapped policy goes now
-    if code == 0:
-        PartialState().destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def start_accelerator(options: StageOptions) -> Accelerator:
@@ -82,15 +79,15 @@ def start_accelerator(options: StageOptions) -> Accelerator:
     transformers.utils.logging.disable_progress_bar()  # the hub's too …
     huggingface_hub.utils.enable_progress_bars()  # … whose downloads should show
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*no supported trackers")  # is an error, below
     # accelerate would divide every loss by it
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     gpu = torch.accelerator.is_available()
     bf16 = options.precision == "bf16" or (options.precision == "auto" and gpu)
     log_with = getattr(options, "log_with", None)
-    if log_with and log_with not in LoggerType.list():
-        valid = ", ".join(LoggerType.list())
-        raise UserError(f"argument --log_with: unknown tracker {log_with}. Valid: {valid}")
+    installed = ["all", *map(str, get_available_trackers())]
+    if log_with and log_with not in installed:  # accelerate would leave it out without a message
+        valid = ", ".join(installed)
+        raise UserError(f"--log_with {log_with} is not installed. Installed: {valid}")
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         cpu=not gpu,
@@ -105,8 +102,6 @@ def start_accelerator(options: StageOptions) -> Accelerator:
         # No output_dtype: it would hold between the layers too. The policy returns float32.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
-    if log_with and not accelerator.log_with:  # accelerate leaves it out without a message
-        raise UserError(f"--log_with {log_with} is not installed. Install it with pip first.")
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise UserError(
@@ -144,13 +139,12 @@ class StopSignal:
     """Notes the first SIGINT or SIGTERM. A second SIGINT ends the process at once."""
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.number: int | None = None
+        self.accelerator, self.number = accelerator, 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
 
     def handle(self, number: int, _frame) -> None:
-        if self.number is not None and number == signal.SIGINT:
+        if self.number and number == signal.SIGINT:
             os._exit(128 + number)
         self.number = number
         if self.accelerator.is_main_process:  # not print, which the signal may have interrupted
@@ -158,8 +152,8 @@ class StopSignal:
 
     def received(self) -> bool:
         """True on every process as soon as one of them was asked to stop."""
-        asked = torch.tensor(float(self.number is not None), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, "sum") > 0)
+        asked = torch.tensor([self.number], device=self.accelerator.device)
+        return bool(self.accelerator.gather(asked).any())
 
     @property
     def exit_code(self) -> int:
@@ -190,8 +184,7 @@ class Replica:
     @torch.no_grad()
     def refresh(self, policy: nn.Module) -> None:
         """Copy the wrapped policy's weights. Every process must call it."""
-        if not self.is_copy:
-            return
-        ours = dict(self.model.named_parameters())
-        for name, weight in whole_weights(policy):
-            ours[name].copy_(weight)
+        if self.is_copy:
+            ours = dict(self.model.named_parameters())
+            for name, weight in whole_weights(policy):
+                ours[name].copy_(weight)

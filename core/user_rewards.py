@@ -15,18 +15,13 @@ def load_rewards(names: Sequence[str]) -> dict[str, Callable[[str, dict], float]
         path, _, function = name.rpartition(":")
         if name in REWARDS:
             functions[name] = REWARDS[name]
-        elif not path.endswith(".py"):
+            continue
+        if not path.endswith(".py"):
             valid = f"{', '.join(REWARDS)} or path/to/file.py:function"
             raise UserError(f"argument --rewards: unknown reward {name}. Valid: {valid}")
-        elif not Path(path).exists():
+        if not Path(path).exists():
             raise UserError(f"argument --rewards: there is no file {path}")
-        else:
-            functions[name] = runpy.run_path(path).get(function)
-            if not callable(functions[name]):
-                raise UserError(f"argument --rewards: {path} has no function {function}")
+        functions[name] = runpy.run_path(path).get(function)
+        if not callable(functions[name]):
+            raise UserError(f"argument --rewards: {path} has no function {function}")
     return functions
-
-
-def own_files(options) -> list[str]:
-    """The user's files among the options. They are part of the run's source."""
-    return [name.rpartition(":")[0] for name in getattr(options, "rewards", []) if ":" in name]

@@ -119,6 +119,15 @@ def test_every_command_line_parses(path, tmp_path, monkeypatch):
             assert words[script] == "-m" or (ROOT / words[script]).exists(), line
 
 
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_training_by_several_processes_is_given_time_to_save_after_ctrl_c(path):
+    """The launcher kills them after 30 seconds otherwise."""
+    several = re.compile(r"configs/(ddp|fsdp)\w*\.yaml .*\b(grpo|sft)\.py")
+    for line in filter(several.search, commands(path)):
+        before = path.read_text().partition(line)[0]
+        assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=" in before + line, line
+
+
 @each_page
 def test_make_targets_exist(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -216,10 +216,14 @@ def test_a_run_of_one_process_is_resumed_by_two_that_share_the_model(runs, tmp_p
     assert_same_run(folder, runs["one"])
 
 
-def test_ctrl_c_waits_for_a_slow_save_of_two_processes(model, runs, tmp_path):
+@pytest.mark.parametrize("timeout", [600, 1])
+def test_ctrl_c_waits_for_a_slow_save_of_two_processes_if_there_is_time(
+    timeout, model, runs, tmp_path
+):
     folder, script = tmp_path / "run", watched(tmp_path, slow=4)
     words = ["--model", model, *RUN, "--save_steps", 0, "--output_dir", folder]
-    process = start(*words, processes=2, script=script)
+    env = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(timeout)}
+    process = start(*words, processes=2, script=script, env=env)
     log, ends = folder / "metrics.jsonl", time.monotonic() + 120
     while not (log.exists() and '"loss"' in log.read_text()):
         assert process.poll() is None and time.monotonic() < ends
@@ -228,13 +232,15 @@ def test_ctrl_c_waits_for_a_slow_save_of_two_processes(model, runs, tmp_path):
     code, _, said = end(process)
     done = len(metrics(folder)) - 1
     assert code != 0 and said.count("finishing this update") == 1
-    assert 0 < done < 3 and sorted(folder.glob("checkpoint-*")) == [folder / f"checkpoint-{done}"]
+    saved = [folder / f"checkpoint-{done}"] if timeout == 600 else []
+    assert 0 < done < 3 and sorted(folder.glob("checkpoint-*")) == saved
     run("--resume", output_dir=folder)
     assert_same_run(folder, runs["one"])
 
 
 def test_three_finished_runs_of_two_processes_in_a_row_end_with_code_0(model, tmp_path):
     words = ["--model", model, *FLAGS, "--max_steps", 1, "--eval_steps", 0, "--overwrite"]
+    words += ["--log_with", "tensorboard"]  # whose end must not destroy the process group too early
     for _ in range(3):
         assert "saved in" in launch(*words, "--output_dir", tmp_path / "run", processes=2)
 
@@ -247,6 +253,7 @@ def test_a_rank_that_fails_ends_all_ranks_and_says_why_in_one_line(model, tmp_pa
     code, _, err = end(start(*words, "--output_dir", tmp_path / "run", processes=2))
     (line,) = [line for line in err.splitlines() if "error: the reward" in line]
     assert code == 1 and "rank 1: grpo.py: error: the reward" in line and "returned None" in line
+    assert "[rank0]: Traceback" not in err, "it lost its partner, which is not the cause"
 
 
 def test_what_cannot_be_divided_among_the_processes_is_said_once(model, tmp_path):

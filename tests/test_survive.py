@@ -126,7 +126,10 @@ def test_kill_9_at_a_random_moment_then_resume_equals_the_uninterrupted_run(
 
 
 VARIANTS = {
-    "several updates per rollout": ("grpo", [*FLAGS, "--num_iterations", 2, "--beta", 0.1]),
+    "several updates per rollout": (
+        "grpo",
+        [*FLAGS, "--num_iterations", 2, "--save_steps", 3, "--beta", 0.1],
+    ),
     "supervised": ("sft", [*FLAGS[6:], "--rows_per_update", 4]),
 }
 
@@ -136,6 +139,7 @@ def test_sigterm_finishes_the_update_and_saves_and_resuming_is_exact(variant, mo
     stage, words = VARIANTS[variant]
     words, folder = ["--model", model, *words], tmp_path / "run"
     run(*words, output_dir=tmp_path / "whole", stage=stage)
+    assert steps_of(tmp_path / "whole") == [4, 6], "at the first end of a rollout that is due"
     stopped = Stage(*words, output_dir=folder, stage=stage, patch=slow)
     stopped.wait_until(lambda: lines(folder) >= 2)
     stopped.kill(signal.SIGTERM)
