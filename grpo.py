@@ -286,7 +286,7 @@ def main() -> int | None:
     checkpoint = find_checkpoint(options, accelerator)
     functions = load_rewards(options.rewards)
     reward_weights = torch.tensor(options.reward_weights or [1.0] * len(functions))
-    rows = open_rows(options)  # before the model, so that a wrong path is found at once
+    rows = open_rows(options, checkpoint)  # before the weights, which may have to be downloaded
     model, processor = load_for_training(options, checkpoint)
     sampler = Replica(model, accelerator, lora=options.lora_rank > 0)
     add_adapters(model, options.lora_rank, options.seed, sampler.model.dtype)

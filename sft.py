@@ -111,7 +111,7 @@ def main() -> int | None:
     accelerator = start_accelerator(options)
     own = share_of(options, "rows_per_update", accelerator)  # this process's places in an update
     checkpoint = find_checkpoint(options, accelerator)
-    rows = open_rows(options)  # before the model, so that a wrong path is found at once
+    rows = open_rows(options, checkpoint)  # before the weights, which may have to be downloaded
     model, processor = load_for_training(options, checkpoint)
     sampler = Replica(model, accelerator, lora=options.lora_rank > 0)
     add_adapters(model, options.lora_rank, options.seed, sampler.model.dtype)

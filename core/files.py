@@ -21,7 +21,13 @@ from core.options import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ALL = ("*.parquet", "*.jsonl")
+# A word in a path that says that the file is held out. If several occur, the first of EVAL_WORDS
+# is read, and the others are not read at all.
 EVAL_WORDS = ("val", "valid", "validation", "dev", "eval", "testmini", "test", "testa", "testb")
+HELD_OUT = re.compile(
+    "(?:mini)?(?:val(?:id(?:ation)?)?|dev|eval(?:uation)?|test(?:ing)?|hold(?:out)?|held(?:out)?)"
+    "(?:mini|dev|test|std|[a-z])?"
+)
 
 
 def locate(
@@ -63,33 +69,37 @@ def split_files(
 ) -> tuple[list[Path], bool]:
     """The files of a split, and whether they also have to serve the other split.
 
-    A word in a path below its source says the split: one of `EVAL_WORDS`, else `train`. Files
+    A word in a path below its source says the split: one of `HELD_OUT`, else `train`. Files
     without such a word are for training if there is no train file, and are not read otherwise.
     Hidden folders are skipped. Only the least deep folder with files of a split is read: a deeper
     one may hold an old copy. A file that is itself a source counts as a file without a word.
     """
-    found = []
+    found: dict[str, list[tuple[int, Path]]] = {}  # word -> depth and file
     for source in sources:
         if not source.exists():
             raise UserError(f"{source} does not exist")
         for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
             name = "" if file == source else f"/{file.relative_to(source)}".lower()
-            words = re.findall("[a-z]+", name)
             if "/." not in name and any(map(file.match, patterns if name else ALL)):
-                word = next((word for word in (*EVAL_WORDS, "train") if word in words), "")
-                found.append((word, name.count("/"), file))
-
-    def files_of(word: str) -> list[Path]:
-        depth = min((depth for other, depth, _ in found if other == word), default=0)
-        return [file for *key, file in found if key == [word, depth]]
-
-    train = files_of("train") or files_of("")
-    held_out = next(filter(None, map(files_of, EVAL_WORDS)), [])
+                found.setdefault(_split_word(name), []).append((name.count("/"), file))
+    for word, files in found.items():
+        found[word] = [file for depth, file in files if depth == min(files)[0]]
+    train = found.pop("train", found.get(""))
+    found.pop("", None)
+    held_out = next((found[word] for word in (*EVAL_WORDS, *sorted(found)) if word in found), None)
     files = held_out if held_out and split == "eval" else train
     if not files:
         only = f", only {held_out[0]}" if held_out else ""
         raise UserError(f"no {' or '.join(patterns)} for {split} in {sources[0]}{only}")
     return files, not held_out
+
+
+def _split_word(name: str) -> str:
+    words = re.findall("[a-z]+", name)
+    for word in (*EVAL_WORDS, *words):
+        if word in words and HELD_OUT.fullmatch(word):
+            return word
+    return "train" if {"train", "training"} & set(words) else ""
 
 
 # --- rows ----------------------------------------------------------------------------------------
@@ -154,7 +164,7 @@ def _records(path: str) -> Iterator[dict]:
 
 # --- images --------------------------------------------------------------------------------------
 
-IMAGE_COLUMNS = ("images", "image_bytes", "image")
+IMAGE_COLUMNS = ("images", "image_bytes", "image", "image_path", "image_paths", "img")
 NUMBERED_IMAGES = tuple(f"image_{n}" for n in range(1, 10))
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS, which runs a program
 FORMATS += ["AVIF"] if pillow_reads("avif") else []
@@ -189,10 +199,11 @@ def to_image(value: Any, folders: Sequence[Path] = ()) -> Image.Image:
             raise ValueError(f"empty or too thin, {value.width}x{value.height}")
         image = ImageOps.exif_transpose(value)
         if image.mode[0] in "IF":  # 16 bits, 32 bits or floats, which convert() would clip at 255
-            # The file does not say which value is white, so the largest value has to.
+            # The file does not say which value is white, so the largest value has to: 1, or the
+            # end of as many bits as it needs (12 in many sensors).
             pixels = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0, 65535)
-            white = next(limit for limit in (1, 255, 65535) if pixels.max() <= limit)
-            image = Image.fromarray((pixels * (255 / white)).astype(np.uint8))
+            bits = max(8, int(pixels.max()).bit_length()) if pixels.max() >= 2 else 1
+            image = Image.fromarray((pixels * 255 / (2**bits - 1)).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

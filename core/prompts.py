@@ -1,19 +1,30 @@
-"""From a dataset to the prompts of a run: usable rows, in order, encoded ahead of time."""
+"""The prompts of a run: its usable rows, in order, encoded ahead of time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
+from tqdm import tqdm
 
 from core.options import TrainingOptions, UserError
-from core.qwen import Processor, Prompt
-from data import BadRow, Feed, find_bad_rows, load_rows, skipped_report
+from core.qwen import Processor, Prompt, locate_checkpoint
+from data import BadRow, load_rows
 from toy.world import ToyRows
 
 
-def open_rows(options: TrainingOptions) -> tuple[Sequence[dict], Sequence[dict]]:
-    """The training rows, and the held-out rows unless the run never evaluates."""
+def open_rows(
+    options: TrainingOptions, checkpoint: Path | None = None
+) -> tuple[Sequence[dict], Sequence[dict]]:
+    """The training rows, and the held-out rows unless the run never evaluates.
+
+    A wrong `--model` is an error before the data is downloaded, and wrong data before the weights.
+    """
+    locate_checkpoint(str(checkpoint or options.model), options.revision, ["config.json"])
     chosen = dict(
         seed=options.seed,
         max_images=options.max_images,
@@ -27,17 +38,65 @@ def open_rows(options: TrainingOptions) -> tuple[Sequence[dict], Sequence[dict]]
     return train, load_rows(options.dataset, "eval", limit=options.eval_rows, **chosen)
 
 
-class Prompts:
-    """The prompts of a run, and the rows that cannot be used."""
+def find_bad_rows(
+    rows: Sequence[dict], check: Callable[[dict], Any] = lambda row: None
+) -> dict[int, str]:
+    """Read and check every row: index -> "id: reason" of each `BadRow`.
 
-    def __init__(
-        self, feed: Feed, size: int, held_out: list[Prompt], style: str, skipped: str | None
-    ):
-        self.feed = feed  # feed[position] is the prompt at this position of the run
-        self.size = size  # prompts of a rollout, over all processes
-        self.held_out = held_out  # this process's share
-        self.style = style
-        self.skipped = skipped  # one line, or None
+    Each process reads a share of the rows. The rows of the toy world need no check.
+    """
+
+    def reason(i: int) -> str | None:
+        try:
+            check(rows[i])
+        except BadRow as bad:
+            return str(bad)
+
+    state, size = PartialState(), 0 if isinstance(rows, ToyRows) else len(rows)
+    own = range(state.process_index, size, state.num_processes)
+    with ThreadPoolExecutor() as pool:
+        reasons = tqdm(pool.map(reason, own), "checking rows", len(own), delay=2)
+        bad = [(i, why) for i, why in zip(own, reasons, strict=True) if why]
+    return dict(sorted(gather_object(bad)))
+
+
+def skipped_report(bad: Mapping[int, str]) -> str | None:
+    """One line on the rows that a run leaves out, or None."""
+    shown = "; ".join([*bad.values()][:3] + ["..."] * (len(bad) > 3))
+    return f"{len(bad)} unusable rows skipped: {shown}" if bad else None
+
+
+class Feed:
+    """`feed[position]` is `prepare(row)` for the run's prompt number `position`.
+
+    Each epoch is a permutation of the usable rows, fixed by (seed, epoch) alone: it is the same in
+    a resumed run and in every process. `bad` is what `find_bad_rows` found.
+    """
+
+    def __init__(self, rows: Sequence[dict], seed: int, prepare: Callable, bad: dict | tuple = ()):
+        self.rows, self.seed, self.prepare = rows, seed, prepare
+        self.usable = [i for i in range(len(rows)) if i not in bad]
+        if not self.usable:
+            raise UserError(f"no usable row in {len(rows)}: {skipped_report(bad)}")
+
+    def __getitem__(self, position: int) -> Any:
+        epoch, place = divmod(position, len(self.usable))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.usable), generator=generator)
+        return self.prepare(self.rows[self.usable[order[place]]])
+
+
+@dataclass
+class Prompts:
+    """The prompts of a run, and a line on the rows that it leaves out."""
+
+    feed: Feed
+    size: int  # prompts of a rollout, over all processes
+    held_out: list[Prompt]  # this process's share
+    style: str
+    skipped: str | None
+
+    def __post_init__(self):
         self.thread, self.ahead = ThreadPoolExecutor(1), {}
 
     def of_rollout(self, number: int, places: Sequence[int]) -> list[Prompt]:
@@ -58,7 +117,7 @@ def load_prompts(
     accelerator: Accelerator,
     size: int,
     style: str | None = None,
-    check: Callable[[dict], None] = lambda row: None,
+    check: Callable[[dict], Any] = lambda row: None,
 ) -> Prompts:
     """Check every row, then encode the held-out ones. `size` is the prompts of a rollout.
 
@@ -79,24 +138,11 @@ def load_prompts(
         return processor.prompt(row, style)
 
     train, held_out = rows
-    bad = [gather_bad_rows(part, check_row, accelerator) for part in rows]
-    usable = [i for i in range(len(held_out)) if i not in bad[1]]
+    bad, bad_held_out = find_bad_rows(train, check_row), find_bad_rows(held_out, check_row)
+    feed = Feed(train, options.seed, prepare, bad)
+    usable = [i for i in range(len(held_out)) if i not in bad_held_out]
     if held_out and not usable:
-        raise UserError(f"no held-out row can be used: {skipped_report(bad[1])}")
+        raise UserError(f"no held-out row can be used: {skipped_report(bad_held_out)}")
     own = usable[accelerator.process_index :: accelerator.num_processes]
-
-    feed = Feed(train, options.seed, prepare, bad[0])
-    both = bad[0] | {len(train) + place: reason for place, reason in bad[1].items()}
-    encoded = [prepare(held_out[i]) for i in own]
-    return Prompts(feed, size, encoded, style, skipped_report(both))
-
-
-def gather_bad_rows(rows: Sequence[dict], check, accelerator: Accelerator) -> dict[int, str]:
-    """Index -> reason of the rows that cannot be used. Each process checks a share of them."""
-    if isinstance(rows, ToyRows):
-        return {}
-    own = range(accelerator.process_index, len(rows), accelerator.num_processes)
-    bad = {}
-    for part in gather_object([find_bad_rows(rows, check, own)]):
-        bad |= part
-    return bad
+    both = bad | {len(train) + i: reason for i, reason in bad_held_out.items()}
+    return Prompts(feed, size, [prepare(held_out[i]) for i in own], style, skipped_report(both))

@@ -6,7 +6,8 @@ import torch
 from samples import plain, png, sat, write
 
 from core.options import UserError
-from data import STYLES, BadRow, Feed, build_prompt, find_bad_rows, load_rows, skipped_report
+from core.prompts import Feed, find_bad_rows, skipped_report
+from data import STYLES, BadRow, build_prompt, load_rows
 
 home = samples.home  # a fixture
 pytestmark = pytest.mark.usefixtures("home")
@@ -69,11 +70,15 @@ def test_an_open_question_is_asked_as_it_is_and_braces_are_only_text():
         ("<image>\nWhere?", 2, "User: Where? \n"),
         ("Is <image> like <image>?", 1, "User: Is  like ? \n"),
         ("<image>Where?", 0, "User: Where? \n"),
+        ("<image 1>\nWhere?", 1, f"User: {VISION}\nWhere? \n"),
+        ("Is <image_1> like <image_2>?", 2, f"User: Is {VISION} like {VISION}? \n"),
+        ("Is <image 2> like <image 1>?", 2, "User: Is image 2 like image 1? \n"),
+        ("<image 1> or <image 1>?", 1, "User: image 1 or image 1? \n"),
     ],
 )
 def test_images_go_to_their_marks_or_the_marks_are_removed(question, images, prompt):
     text = build_prompt({"question": question, "images": [None] * images}, "base-direct")
-    assert prompt in text and text.count(VISION) == images and "<image>" not in text
+    assert prompt in text and text.count(VISION) == images and "<image" not in text
     assert text.startswith(VISION * images + "A conv") or VISION in prompt
 
 
@@ -152,6 +157,11 @@ def test_options_that_may_be_lettered_keep_their_order(tmp_path, options, right)
         {"A": "red", "B": "blue", "options": float("nan")},
         {"options": ["red", "blue", None]},
         {"choices": ["red", "blue"]},
+        {"options": '["red", "blue", null]'},  # JSON
+        {"options": "('red', 'blue')"},
+        {"a": "red", "b": "blue"},
+        {"option_A": "red", "option_B": "blue", "option_C": None},
+        {"choice 1": "red", "choice 2": "blue"},
     ],
 )
 def test_options_are_read_from_a_list_a_written_list_or_lettered_columns(tmp_path, columns):
@@ -168,6 +178,14 @@ def test_options_are_read_from_a_list_a_written_list_or_lettered_columns(tmp_pat
         ({"options": ["yes", ["no"]]}, "option has type list instead of text"),
         ({"A": "yes", "B": None, "C": "no"}, "option is missing or empty"),
         ({"A": None, "B": float("nan")}, "option is missing or empty"),
+        ({"A": "yes", "C": "no"}, "option is missing or empty"),
+        ({"options": "yes, no"}, "options has type str instead of a list"),
+        ({"options": 2}, "options has type int instead of a list"),
+        ({"options": [{"text": "yes"}, {"text": "no"}]}, "option has type dict instead of text"),
+        ({"answer": "?"}, "answer '?' can never be right"),
+        ({"answer": "<|im_end|>"}, "answer is missing or empty"),
+        ({"images": [None]}, "an image has type NoneType instead of bytes or a path"),
+        ({"task": ["count"]}, "task has type list instead of text"),
         ({"options": ["left", "right"]}, "answer 'yes' does not name one of its options"),
         ({"options": ["yes", "yes"]}, "answer 'yes' does not name one of its options"),
         ({"question": ["Which?"]}, "question has type list instead of text"),
@@ -187,7 +205,9 @@ def test_a_value_that_cannot_be_used_is_a_bad_row_that_names_it(tmp_path, row, w
 
 
 @pytest.mark.parametrize(
-    "answer", ["left", "Left", " left.\n", "(B)", "b", "B.", "(B) left", "<answer> B </answer>"]
+    "answer",
+    ["left", "Left", " left.\n", "(B)", "b", "B.", "(B) left", "<answer> B </answer>"]
+    + ["<Answer>left</ANSWER>", "<answer>B", "<think>so</think><answer>left</answer>"],
 )
 def test_an_answer_names_its_option_in_any_spelling(tmp_path, answer):
     row = one(tmp_path, {"options": ["right", "left", "up"], "answer": answer})
@@ -198,6 +218,14 @@ def test_a_column_called_prompt_or_wording_does_not_replace_the_question(tmp_pat
     row = one(tmp_path, {"prompt": "Be brief.", "wording": "Be kind.", "level": 3})
     assert "User: Which? \n" in build_prompt(row, "base")
     assert row["prompt"] == "Be brief." and row["level"] == 3  # still there for a user's reward
+
+
+@pytest.mark.parametrize("column", ["image", "images", "image_path", "img", "image_1"])
+def test_an_image_is_read_from_any_of_the_usual_columns(tmp_path, column):
+    (tmp_path / "b.png").write_bytes(png("blue"))
+    value = ["b.png"] if column == "images" else "b.png"
+    row = one(tmp_path, {"image": None, column: value})
+    assert [image.getpixel((0, 0)) for image in row["images"]] == [(0, 0, 255)]
 
 
 @pytest.mark.parametrize("missing", [{}, {"image": None}, {"images": []}])
@@ -258,6 +286,7 @@ def test_vsr_reads_local_images_and_names_the_missing(tmp_path):
         ({"solution": " 140° "}, "140°"),
         ({"solution": "<think>so</think>\n<answer>\nno\n</answer>"}, "no"),
         ({"answer": "12.5", "images": [png()]}, "12.5"),  # geometry3k
+        ({"answer": "12.5", "solution": "Half of 25, so 12.5."}, "12.5"),
     ],
 )
 def test_clevr_geoqa_and_geometry3k_in_their_published_layouts(tmp_path, columns, answer):
@@ -279,9 +308,11 @@ def test_two_rows_with_the_same_id_are_told_apart_by_their_place(tmp_path):
     assert [row["images"][0].getpixel((0, 0)) for row in got] == [(255, 0, 0), (0, 0, 255)]
 
 
-def test_an_unknown_split_is_refused_with_the_valid_ones():
+def test_an_unknown_split_or_image_folder_is_refused_before_the_data_is_looked_for():
     with pytest.raises(UserError, match="unknown split 'dev2'; valid: train, eval, all"):
         load_rows("sat", "dev2")
+    with pytest.raises(UserError, match="argument --image_folder: there is no folder gone"):
+        load_rows("sat", image_folder="gone")
 
 
 # --- the order of a run --------------------------------------------------------------------------
@@ -337,9 +368,7 @@ def test_rows_that_a_stage_cannot_use_are_found_before_it_starts(tmp_path):
 
     bad = find_bad_rows(held_out, needs_thinking)
     assert bad[2] == "rows-eval-2: it has no thinking" and list(bad) == [2, 4]
-    assert "No such file" in bad[4] and find_bad_rows(held_out, needs_thinking, [0, 1, 4]) == {
-        4: bad[4]
-    }
+    assert "No such file" in bad[4]
     assert skipped_report(bad).startswith("2 unusable rows skipped: rows-eval-2: it has no")
 
 

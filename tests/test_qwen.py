@@ -61,6 +61,20 @@ def test_rows_whose_prompt_is_over_the_limit_are_left_out_and_named(tmp_path):
     assert "1 unusable rows skipped: row-1: its prompt has" in prompts.skipped
 
 
+def test_held_out_rows_that_cannot_be_used_are_counted_and_named_and_none_left_is_an_error():
+    _, processor = tiny_model("qwen2_vl")
+    rows = [
+        {"id": f"row-{i}", "images": [], "question": q, "options": [], "answer": "so", "task": "t"}
+        for i, q in enumerate(["How?", "How? " * 200, "Why?"])
+    ]
+    more = TrainingOptions(max_prompt_length=200), processor, Accelerator(cpu=True), 1
+    prompts = load_prompts((rows[:1], rows), *more)
+    assert [prompt.row["id"] for prompt in prompts.held_out] == ["row-0", "row-2"]
+    assert prompts.skipped.startswith("1 unusable rows skipped: row-1: its prompt has")
+    with pytest.raises(UserError, match="no held-out row can be used: 1 unusable .* row-1: "):
+        load_prompts((rows[:1], rows[1:2]), *more)
+
+
 def test_targets_end_with_the_end_token_and_decode_to_their_text():
     _, processor = tiny_model("qwen2_vl")
     ids, mask = processor.encode_targets(["left", "so the red square"])
@@ -180,10 +194,32 @@ def test_weights_that_are_missing_or_have_other_names_are_an_error_that_names_th
     assert "weights, " in refused(folder)
 
 
-def test_damaged_weights_are_named_as_such(folder):
+@pytest.mark.parametrize("kept", [50, 0])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json"]
+)
+def test_a_damaged_file_is_named_as_such(name, kept, folder):
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:kept])
+    assert f"{folder}': {file.resolve()} is damaged (" in refused(folder)
+
+
+def test_a_pointer_of_git_lfs_instead_of_the_weights_is_named_as_damaged(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "model.safetensors is damaged" in refused(folder)
+
+
+def test_weights_of_another_shape_are_named(folder):
     file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:100_000])
-    assert f"the weights of {folder} are damaged" in refused(folder)
+    weights = load_file(file)
+    key = next(name for name in weights if name.endswith("embed_tokens.weight"))
+    save_file(weights | {key: weights[key][:-5].clone()}, file, {"format": "pt"})
+    assert "lacks 1 weights, " in (line := refused(folder)) and "embed_tokens.weight" in line
+
+
+def test_adapters_beside_the_weights_are_refused_not_ignored(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "holds adapters: merge them" in refused(folder)
 
 
 def test_weights_are_never_read_from_a_pickle(folder):
