@@ -228,15 +228,15 @@ def load_rows(
     """
     if split not in ("train", "all", *files.EVAL_WORDS):
         raise UserError(f"unknown split {split!r}; valid: train, eval, all")
-    if image_folder and not Path(image_folder).is_dir():
-        raise UserError(f"argument --image_folder: there is no folder {image_folder}")
     name, whole = str(name), split == "all" or name in BENCHMARKS
     split = "train" if split == "train" and name not in BENCHMARKS else "eval"
     if name == "toy":
         return ToyRows(split, seed, limit or (100_000 if split == "train" else 1_000))
     if name == "sat":  # upstream's recipe
         subset, max_images = 15_000 if subset is None else subset, max_images or 1
-    sources, patterns, commit = files.locate(name, DATASETS, data_path, revision)
+    sources, repo, patterns = files.locate(name, DATASETS, data_path)
+    folder = None if sources else files.download(repo, "dataset", patterns, revision)
+    sources, commit = (sources, None) if sources else ([folder], folder.name)
     paths, hold_out = files.split_files(sources, patterns, split)
     records = files.read_rows(paths, subset or None, max_images)
     columns = set().union(*(records[i]["record"] for i in range(len(records))[:9]))

@@ -20,6 +20,7 @@ from PIL.features import check as pillow_reads
 from core.options import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SUFFIXES = (".parquet", ".jsonl")
 ALL = ("*.parquet", "*.jsonl")
 # A word in a path that says that the file is held out. If several occur, the first of EVAL_WORDS
 # is read, and the others are not read at all.
@@ -31,23 +32,24 @@ HELD_OUT = re.compile(
 
 
 def locate(
-    name: str, known: dict[str, tuple], data_path: Any, revision: str | None
-) -> tuple[list[Path], Sequence[str], str | None]:
-    """Where a dataset's files are, which to read, and the commit if they come from the hub.
+    name: str, known: dict[str, tuple], data_path: Any = None
+) -> tuple[list[Path], str, Sequence[str]]:
+    """Where a dataset's files are: paths, or if there are none a repository; and which to read.
 
     `known` has the hub repository and the files of each dataset that has a short name.
     """
     repo, patterns = known.get(name, (name, ALL))
-    if data_path:
-        paths = [data_path] if isinstance(data_path, str | Path) else data_path
-        return [Path(path) for path in paths], patterns, None
-    if name not in known and (Path(name).exists() or name.endswith((".parquet", ".jsonl"))):
-        return [Path(name)], patterns, None
-    if not HUB_ID.fullmatch(repo):
+    paths = [data_path] if isinstance(data_path, str | Path) else data_path or []
+    is_path = name.endswith(SUFFIXES) or (name not in known and Path(name).exists())
+    if is_path and not paths:
+        paths = [name]
+    for path in paths:
+        if not Path(path).exists():
+            raise UserError(f"{path} does not exist")
+    if not paths and not HUB_ID.fullmatch(repo):
         near = difflib.get_close_matches(name, ["toy", *known], 1) or ["toy", *known]
         raise UserError(f"{name} is no dataset, folder or file; did you mean {', '.join(near)}?")
-    folder = download(repo, "dataset", patterns, revision)
-    return [folder], patterns, folder.name
+    return [Path(path) for path in paths], repo, patterns
 
 
 def download(repo: str, kind: str, patterns: Sequence[str], revision: str | None) -> Path:
@@ -76,8 +78,6 @@ def split_files(
     """
     found: dict[str, list[tuple[int, Path]]] = {}  # word -> depth and file
     for source in sources:
-        if not source.exists():
-            raise UserError(f"{source} does not exist")
         for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
             name = "" if file == source else f"/{file.relative_to(source)}".lower()
             if "/." not in name and any(map(file.match, patterns if name else ALL)):

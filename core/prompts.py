@@ -11,20 +11,27 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from core.options import TrainingOptions, UserError
+from core import files
+from core.options import StageOptions, TrainingOptions, UserError
 from core.qwen import Processor, Prompt, locate_checkpoint
-from data import BadRow, load_rows
+from data import DATASETS, BadRow, load_rows
 from toy.world import ToyRows
+
+
+def check_sources(options: StageOptions, model: str, data_path: Any = None) -> None:
+    """Raise UserError if there is no such data or model, before either is downloaded."""
+    if options.image_folder and not Path(options.image_folder).is_dir():
+        raise UserError(f"argument --image_folder: there is no folder {options.image_folder}")
+    if options.dataset != "toy":
+        files.locate(options.dataset, DATASETS, data_path)
+    locate_checkpoint(model, options.revision, ["config.json"])
 
 
 def open_rows(
     options: TrainingOptions, checkpoint: Path | None = None
 ) -> tuple[Sequence[dict], Sequence[dict]]:
-    """The training rows, and the held-out rows unless the run never evaluates.
-
-    A wrong `--model` is an error before the data is downloaded, and wrong data before the weights.
-    """
-    locate_checkpoint(str(checkpoint or options.model), options.revision, ["config.json"])
+    """The training rows, and the held-out rows unless the run never evaluates."""
+    check_sources(options, str(checkpoint or options.model))
     chosen = dict(
         seed=options.seed,
         max_images=options.max_images,
