@@ -226,7 +226,7 @@ def load_rows(
     revision: branch, tag or commit on the hub.
     data_path: files or a folder to read a dataset of `DATASETS` from, instead of the hub.
     """
-    if split not in ("train", "all", *files.EVAL_WORDS):
+    if split not in ("train", "all") and not files.HELD_OUT.fullmatch(split):
         raise UserError(f"unknown split {split!r}; valid: train, eval, all")
     name, whole = str(name), split == "all" or name in BENCHMARKS
     split = "train" if split == "train" and name not in BENCHMARKS else "eval"

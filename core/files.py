@@ -20,12 +20,8 @@ from PIL.features import check as pillow_reads
 from core.options import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-SUFFIXES = (".parquet", ".jsonl")
 ALL = ("*.parquet", "*.jsonl")
-# A word in a path that says that the file is held out. If several occur, the first of EVAL_WORDS
-# is read, and the others are not read at all.
-EVAL_WORDS = ("val", "valid", "validation", "dev", "eval", "testmini", "test", "testa", "testb")
-HELD_OUT = re.compile(
+HELD_OUT = re.compile(  # a word in a path that says that the file is held out
     "(?:mini)?(?:val(?:id(?:ation)?)?|dev|eval(?:uation)?|test(?:ing)?|hold(?:out)?|held(?:out)?)"
     "(?:mini|dev|test|std|[a-z])?"
 )
@@ -40,8 +36,7 @@ def locate(
     """
     repo, patterns = known.get(name, (name, ALL))
     paths = [data_path] if isinstance(data_path, str | Path) else data_path or []
-    is_path = name.endswith(SUFFIXES) or (name not in known and Path(name).exists())
-    if is_path and not paths:
+    if not paths and name not in known and (Path(name).exists() or any(map(Path(name).match, ALL))):
         paths = [name]
     for path in paths:
         if not Path(path).exists():
@@ -72,7 +67,8 @@ def split_files(
     """The files of a split, and whether they also have to serve the other split.
 
     A word in a path below its source says the split: one of `HELD_OUT`, else `train`. Files
-    without such a word are for training if there is no train file, and are not read otherwise.
+    without such a word are for training if there is no train file, and are not read otherwise. Of
+    several held-out words one is read: validation before test, a small part before the whole.
     Hidden folders are skipped. Only the least deep folder with files of a split is read: a deeper
     one may hold an old copy. A file that is itself a source counts as a file without a word.
     """
@@ -81,12 +77,16 @@ def split_files(
         for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
             name = "" if file == source else f"/{file.relative_to(source)}".lower()
             if "/." not in name and any(map(file.match, patterns if name else ALL)):
-                found.setdefault(_split_word(name), []).append((name.count("/"), file))
+                words = re.findall("[a-z]+", name)
+                held_out = sorted(filter(HELD_OUT.fullmatch, words), key=_preference)
+                train = "train" if {"train", "training"} & set(words) else ""
+                word = held_out[0] if held_out else train
+                found.setdefault(word, []).append((name.count("/"), file))
     for word, files in found.items():
         found[word] = [file for depth, file in files if depth == min(files)[0]]
     train = found.pop("train", found.get(""))
     found.pop("", None)
-    held_out = next((found[word] for word in (*EVAL_WORDS, *sorted(found)) if word in found), None)
+    held_out = found[min(found, key=_preference)] if found else None
     files = held_out if held_out and split == "eval" else train
     if not files:
         only = f", only {held_out[0]}" if held_out else ""
@@ -94,12 +94,8 @@ def split_files(
     return files, not held_out
 
 
-def _split_word(name: str) -> str:
-    words = re.findall("[a-z]+", name)
-    for word in (*EVAL_WORDS, *words):
-        if word in words and HELD_OUT.fullmatch(word):
-            return word
-    return "train" if {"train", "training"} & set(words) else ""
+def _preference(word: str) -> tuple:
+    return "test" in word, "mini" not in word, word
 
 
 # --- rows ----------------------------------------------------------------------------------------

@@ -77,11 +77,9 @@ class Processor:
         return len(tokens) - len(patches) + visual_tokens
 
     def encode_one(self, prompt: str, images: list[Image.Image]) -> dict[str, Tensor]:
-        """One prompt, unpadded.
+        """One prompt, unpadded: `input_ids` (P,), the images as in `encode`.
 
-        Returns `input_ids` (P,) and, if there are images, `pixel_values` (patches, 3 * 2 * patch²)
-        and `image_grid_thw` (images, 3). Raises ValueError if the number of image places in the
-        prompt is not the number of images.
+        Raises ValueError if the number of image places in the prompt is not that of the images.
         """
         pieces = prompt.split("<|image_pad|>")
         if (places := len(pieces) - 1) != len(images):
@@ -117,8 +115,8 @@ class Processor:
         """Prompts and their images as model inputs.
 
         Returns `input_ids`, `attention_mask` and `mm_token_type_ids` (B, P), padded on the left.
-        `pixel_values` (patches, …) and `image_grid_thw` (images, 3) are flat over all images of
-        the batch and absent if there are none. Raises ValueError as `encode_one` does.
+        `pixel_values` (patches, 3 * 2 * patch²) and `image_grid_thw` (images, 3) are flat over all
+        images of the batch and absent if there are none. Raises ValueError as `encode_one` does.
         """
         return self.collate([self.encode_one(p, i) for p, i in zip(prompts, images, strict=True)])
 
@@ -129,10 +127,8 @@ class Processor:
 
     def decode(self, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
         """Completions as text, without end token and padding."""
-        return [
-            self.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)
-            for ids, mask in zip(completion_ids, completion_mask, strict=True)
-        ]
+        pairs = zip(completion_ids, completion_mask.bool(), strict=True)
+        return self.tokenizer.batch_decode([i[m] for i, m in pairs], skip_special_tokens=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -165,11 +161,11 @@ def load_policy(
     folder, commit = locate_checkpoint(name, revision)
     try:
         for file in sorted(folder.iterdir()):
-            refuse_damaged(file)
+            read_checked(file)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         older = folder / "chat_template.json"  # which the tokenizer does not read
         if older.exists() and not tokenizer.chat_template:
-            tokenizer.chat_template = json.loads(older.read_bytes()).get("chat_template")
+            tokenizer.chat_template = read_checked(older).get("chat_template")
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         model, report = AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -188,7 +184,10 @@ def load_policy(
         )
     model.hub_commit = commit
     use_packed_attention(model)
-    limit_pixels(image_processor, max_pixels)
+    size = image_processor.size  # pixel counts; its attribute max_pixels has no effect
+    longest = max_pixels or min(MAX_PIXELS, size["longest_edge"])
+    size = {"shortest_edge": min(size["shortest_edge"], longest), "longest_edge": longest}
+    image_processor.size = size
     end_ids = settle_generation(model, tokenizer)
     freeze_part(model, freeze)
     if gradient_checkpointing:
@@ -200,16 +199,15 @@ def cannot_load(name: str, reason: object) -> UserError:
     return UserError(f"cannot load the model {name!r}: {' '.join(str(reason).split())}")
 
 
-def refuse_damaged(file: Path) -> None:
-    """Raise ValueError if a file of JSON or weights is damaged. transformers ignores some of them.
+def read_checked(file: Path) -> dict:
+    """The content of a JSON file. Raises ValueError if a JSON file or a file of weights is damaged.
 
     The message names the file behind a link: deleting a link in the hub's cache mends nothing.
     """
     try:
-        if file.suffix == ".json":
-            json.loads(file.read_bytes())
         if file.suffix == ".safetensors":
             safe_open(file, "pt")
+        return json.loads(file.read_bytes()) if file.suffix == ".json" else {}
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{file.resolve()} is damaged ({error}): get it again") from error
 
@@ -255,8 +253,7 @@ def locate_checkpoint(
     else:
         raise cannot_load(name, "there is no such folder")
     try:
-        refuse_damaged(folder / "config.json")
-        family = json.loads((folder / "config.json").read_bytes()).get("model_type")
+        family = read_checked(folder / "config.json").get("model_type")
     except (OSError, ValueError) as error:
         raise cannot_load(name, error) from error
     if family not in FAMILIES:
@@ -264,14 +261,6 @@ def locate_checkpoint(
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{name} holds adapters: merge them into the weights before you save them")
     return folder, commit
-
-
-def limit_pixels(image_processor, max_pixels: int | None) -> None:
-    """Set the size that the processor reads when it is called. `max_pixels` alone has no effect."""
-    size = image_processor.size  # pixel counts
-    longest = max_pixels or min(MAX_PIXELS, size["longest_edge"])
-    shortest = min(size["shortest_edge"], longest)
-    image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
 
 
 def settle_generation(model: nn.Module, tokenizer) -> list[int]:
@@ -297,12 +286,12 @@ def freeze_part(model: nn.Module, part: str) -> None:
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Trainable and frozen parameters: {"vision": (trainable, frozen), "language": (…)}."""
-    counts = {"vision": [0, 0], "language": [0, 0]}
-    vision = {id(p) for p in model.model.visual.parameters()}
-    for parameter in model.parameters():
-        part = "vision" if id(parameter) in vision else "language"
-        counts[part][not parameter.requires_grad] += parameter.numel()
-    return {part: tuple(both) for part, both in counts.items()}
+    vision = set(model.model.visual.parameters())
+    counts = {"vision": vision, "language": set(model.parameters()) - vision}
+    for part, parameters in counts.items():
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        counts[part] = trainable, sum(p.numel() for p in parameters) - trainable
+    return counts
 
 
 def save_policy(model: nn.Module, processor: Processor, folder: str | Path, weights=None) -> None:
