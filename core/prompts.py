@@ -1,13 +1,12 @@
 """The prompts of a run: its usable rows, in order, encoded ahead of time."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
@@ -67,89 +66,69 @@ def find_bad_rows(
     return dict(sorted(gather_object(bad)))
 
 
-def skipped_report(bad: Mapping[int, str]) -> str | None:
+def skipped_report(reasons: Sequence[str]) -> str | None:
     """One line on the rows that a run leaves out, or None."""
-    shown = "; ".join([*bad.values()][:3] + ["..."] * (len(bad) > 3))
-    return f"{len(bad)} unusable rows skipped: {shown}" if bad else None
+    shown = "; ".join([*reasons[:3]] + ["..."] * (len(reasons) > 3))
+    return f"{len(reasons)} unusable rows skipped: {shown}" if reasons else None
 
 
-class Feed:
-    """`feed[position]` is `prepare(row)` for the run's prompt number `position`.
+class Prompts:
+    """The prompts of a run: `of_rollout` in training, and this process's share of `held_out`.
 
     Each epoch is a permutation of the usable rows, fixed by (seed, epoch) alone: it is the same in
-    a resumed run and in every process. `bad` is what `find_bad_rows` found.
+    a resumed run and in every process.
     """
 
-    def __init__(self, rows: Sequence[dict], seed: int, prepare: Callable, bad: dict | tuple = ()):
-        self.rows, self.seed, self.prepare = rows, seed, prepare
-        self.usable = [i for i in range(len(rows)) if i not in bad]
-        if not self.usable:
-            raise UserError(f"no usable row in {len(rows)}: {skipped_report(bad)}")
+    def __init__(
+        self,
+        rows: tuple[Sequence[dict], Sequence[dict]],
+        options: TrainingOptions,
+        processor: Processor,
+        size: int,
+        style: str | None = None,
+        check: Callable[[dict], Any] = lambda row: None,
+    ):
+        """Check every row, then encode the held-out ones. `size` is the prompts of a rollout.
 
-    def __getitem__(self, position: int) -> Any:
+        `style` is what `--prompt_style auto` means here; default: the model's. `check(row)` may
+        raise BadRow for what a stage cannot use. Raises UserError if no row is left.
+        """
+        (self.rows, held_out), self.processor = rows, processor
+        self.seed, self.size, most = options.seed, size, options.max_prompt_length
+        self.style = style or processor.default_style
+        if options.prompt_style != "auto":
+            self.style = options.prompt_style
+
+        def check_row(row: dict) -> None:
+            if (length := processor.prompt_length(row, self.style)) > most:
+                raise BadRow(row["id"], f"its prompt has {length} tokens, the limit is {most}")
+            check(row)
+
+        bad, unfit = find_bad_rows(self.rows, check_row), find_bad_rows(held_out, check_row)
+        self.usable = [i for i in range(len(self.rows)) if i not in bad]
+        if not self.usable:
+            raise UserError(f"no usable row in {len(self.rows)}: {skipped_report([*bad.values()])}")
+        self.skipped = skipped_report([*bad.values(), *unfit.values()])  # one line, or None
+        usable, state = [i for i in range(len(held_out)) if i not in unfit], PartialState()
+        if held_out and not usable:
+            raise UserError(f"no held-out row can be used: {skipped_report([*unfit.values()])}")
+        own = usable[state.process_index :: state.num_processes]
+        self.held_out = [processor.prompt(held_out[i], self.style) for i in own]
+        self.thread, self.ahead = ThreadPoolExecutor(1), {}
+
+    def __getitem__(self, position: int) -> Prompt:
+        """The run's prompt at this position."""
         epoch, place = divmod(position, len(self.usable))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.usable), generator=generator)
-        return self.prepare(self.rows[self.usable[order[place]]])
-
-
-@dataclass
-class Prompts:
-    """The prompts of a run, and a line on the rows that it leaves out."""
-
-    feed: Feed
-    size: int  # prompts of a rollout, over all processes
-    held_out: list[Prompt]  # this process's share
-    style: str
-    skipped: str | None
-
-    def __post_init__(self):
-        self.thread, self.ahead = ThreadPoolExecutor(1), {}
+        return self.processor.prompt(self.rows[self.usable[order[place]]], self.style)
 
     def of_rollout(self, number: int, places: Sequence[int]) -> list[Prompt]:
         """The prompts at these places of a rollout. A thread prepares those of the next one."""
 
         def make(number: int) -> list[Prompt]:
-            return [self.feed[number * self.size + place] for place in places]
+            return [self[number * self.size + place] for place in places]
 
         now = self.ahead.pop(number, None) or self.thread.submit(make, number)
         self.ahead = {number + 1: self.thread.submit(make, number + 1)}
         return now.result()
-
-
-def load_prompts(
-    rows: tuple[Sequence[dict], Sequence[dict]],
-    options: TrainingOptions,
-    processor: Processor,
-    accelerator: Accelerator,
-    size: int,
-    style: str | None = None,
-    check: Callable[[dict], Any] = lambda row: None,
-) -> Prompts:
-    """Check every row, then encode the held-out ones. `size` is the prompts of a rollout.
-
-    `style` is what `--prompt_style auto` means here; default: the model's. `check(row)` may raise
-    BadRow for what a stage cannot use. Raises UserError if no row is left.
-    """
-    style = style or processor.default_style
-    if options.prompt_style != "auto":
-        style = options.prompt_style
-
-    def check_row(row: dict) -> None:
-        length, most = processor.prompt_length(row, style), options.max_prompt_length
-        if length > most:
-            raise BadRow(row["id"], f"its prompt has {length} tokens, the limit is {most}")
-        check(row)
-
-    def prepare(row: dict) -> Prompt:
-        return processor.prompt(row, style)
-
-    train, held_out = rows
-    bad, bad_held_out = find_bad_rows(train, check_row), find_bad_rows(held_out, check_row)
-    feed = Feed(train, options.seed, prepare, bad)
-    usable = [i for i in range(len(held_out)) if i not in bad_held_out]
-    if held_out and not usable:
-        raise UserError(f"no held-out row can be used: {skipped_report(bad_held_out)}")
-    own = usable[accelerator.process_index :: accelerator.num_processes]
-    both = bad | {len(train) + i: reason for i, reason in bad_held_out.items()}
-    return Prompts(feed, size, [prepare(held_out[i]) for i in own], style, skipped_report(both))

@@ -5,8 +5,8 @@ import samples
 import torch
 from samples import plain, png, sat, write
 
-from core.options import UserError
-from core.prompts import Feed, find_bad_rows, skipped_report
+from core.options import TrainingOptions, UserError
+from core.prompts import Prompts, find_bad_rows, skipped_report
 from data import STYLES, BadRow, build_prompt, load_rows
 
 home = samples.home  # a fixture
@@ -329,29 +329,49 @@ class Numbers(list):
         return super().__getitem__(i)
 
 
-def numbers(feed, positions):
-    return [feed[position] for position in positions]
+class AsTheyAre:
+    """A processor whose prompts are the rows."""
+
+    default_style = "base"
+
+    def prompt(self, row, style):
+        return row
+
+    def prompt_length(self, row, style):
+        return 1
+
+
+def prompts_of(rows, seed):
+    return Prompts((rows, []), TrainingOptions(seed=seed), AsTheyAre(), size=1)
 
 
 def test_each_epoch_is_another_permutation_fixed_by_the_seed():
-    feed = Feed(Numbers(50), seed=1, prepare=lambda row: row)
-    epochs = [numbers(feed, range(50 * epoch, 50 * epoch + 50)) for epoch in range(3)]
+    prompts = prompts_of(Numbers(50), seed=1)
+    epochs = [[prompts[50 * epoch + n] for n in range(50)] for epoch in range(3)]
     assert all(sorted(epoch) == [*range(50)] for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
     generator = torch.Generator().manual_seed(1 * 1_000_003 + 2)  # what earlier runs drew
     assert epochs[2] == torch.randperm(50, generator=generator).tolist()
-    assert numbers(Feed(Numbers(50), 2, lambda row: row), range(50)) != epochs[0]
+    other = prompts_of(Numbers(50), seed=2)
+    assert [other[n] for n in range(50)] != epochs[0]
 
 
 def test_an_epoch_holds_each_usable_row_once_in_any_order_of_access():
     rows = Numbers(20, {3, 4})
-    bad = find_bad_rows(rows)
-    assert bad == {3: "n-3: broken", 4: "n-4: broken"}
-    straight = numbers(Feed(rows, 7, str, bad), range(54))
+    assert find_bad_rows(rows) == {3: "n-3: broken", 4: "n-4: broken"}
+    prompts, again = prompts_of(rows, 7), prompts_of(rows, 7)
+    straight = [prompts[position] for position in range(54)]
     for epoch in range(3):
-        once = sorted(map(int, straight[18 * epoch : 18 * epoch + 18]))
+        once = sorted(straight[18 * epoch : 18 * epoch + 18])
         assert once == [n for n in range(20) if n not in (3, 4)]
-    assert numbers(Feed(rows, 7, str, bad), range(53, -1, -1)) == straight[::-1]
+    assert [again[position] for position in range(53, -1, -1)] == straight[::-1]
+
+
+def test_a_rollout_is_the_prompts_at_its_places_in_any_order_of_rollouts():
+    prompts = Prompts((Numbers(9), []), TrainingOptions(), AsTheyAre(), size=4)
+    for number in (0, 1, 2, 7, 3, 0):
+        expected = [prompts[4 * number + place] for place in (1, 3)]
+        assert prompts.of_rollout(number, [1, 3]) == expected
 
 
 def test_rows_that_a_stage_cannot_use_are_found_before_it_starts(tmp_path):
@@ -367,12 +387,11 @@ def test_rows_that_a_stage_cannot_use_are_found_before_it_starts(tmp_path):
     bad = find_bad_rows(held_out, needs_thinking)
     assert bad[2] == "rows-eval-2: it has no thinking" and list(bad) == [2, 4]
     assert "No such file" in bad[4]
-    assert skipped_report(bad).startswith("2 unusable rows skipped: rows-eval-2: it has no")
+    assert skipped_report([*bad.values()]).startswith("2 unusable rows skipped: rows-eval-2: it ")
 
 
 def test_a_run_without_usable_rows_ends_with_the_first_reasons():
-    bad = find_bad_rows(Numbers(4, {0, 1, 2, 3}))
     reasons = "4 unusable rows skipped: n-0: broken; n-1: broken; n-2: broken; ..."
-    assert skipped_report(bad) == reasons and skipped_report({}) is None
     with pytest.raises(UserError, match=f"^no usable row in 4: {reasons}$"):
-        Feed(Numbers(4), 0, lambda row: row, bad)
+        prompts_of(Numbers(4, {0, 1, 2, 3}), seed=0)
+    assert prompts_of(Numbers(4), seed=0).skipped is None

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, IMAGE, random_batch, random_images, tiny_model
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
 
 from core.options import TrainingOptions, UserError
-from core.prompts import load_prompts
+from core.prompts import Prompts
 from core.qwen import count_parameters, freeze_part, load_policy, save_policy
 
 # --- encoding ------------------------------------------------------------------------------------
@@ -55,9 +54,8 @@ def test_rows_whose_prompt_is_over_the_limit_are_left_out_and_named(tmp_path):
         {"id": f"row-{i}", "images": [images[i]], "question": q, "options": [], "answer": "so"}
         for i, q in enumerate(questions)
     ]
-    options = TrainingOptions(max_prompt_length=200)
-    prompts = load_prompts((rows, []), options, processor, Accelerator(cpu=True), size=1)
-    assert prompts.feed.usable == [0, 2, 3]
+    prompts = Prompts((rows, []), TrainingOptions(max_prompt_length=200), processor, size=1)
+    assert prompts.usable == [0, 2, 3]
     assert "1 unusable rows skipped: row-1: its prompt has" in prompts.skipped
 
 
@@ -67,12 +65,12 @@ def test_held_out_rows_that_cannot_be_used_are_counted_and_named_and_none_left_i
         {"id": f"row-{i}", "images": [], "question": q, "options": [], "answer": "so", "task": "t"}
         for i, q in enumerate(["How?", "How? " * 200, "Why?"])
     ]
-    more = TrainingOptions(max_prompt_length=200), processor, Accelerator(cpu=True), 1
-    prompts = load_prompts((rows[:1], rows), *more)
+    more = TrainingOptions(max_prompt_length=200), processor, 1
+    prompts = Prompts((rows[:1], rows), *more)
     assert [prompt.row["id"] for prompt in prompts.held_out] == ["row-0", "row-2"]
     assert prompts.skipped.startswith("1 unusable rows skipped: row-1: its prompt has")
     with pytest.raises(UserError, match="no held-out row can be used: 1 unusable .* row-1: "):
-        load_prompts((rows[:1], rows[1:2]), *more)
+        Prompts((rows[:1], rows[1:2]), *more)
 
 
 def test_targets_end_with_the_end_token_and_decode_to_their_text():
