@@ -11,7 +11,7 @@ replaces the question), and every other column of the file, unchanged.
 """
 
 import ast
-import json
+import contextlib
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -171,12 +171,9 @@ def _options(record: dict, column: str) -> list[str]:
     if _is_empty(options) and len(columns) > 1:
         places = "12345678" if "1" in columns else "ABCDEFGH"
         options = [record.get(columns.get(place)) for place in places]
-    for read in (ast.literal_eval, json.loads) if isinstance(options, str) else ():
-        try:
-            options = read(options)
-            break
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
+    if isinstance(options, str):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            options = ast.literal_eval(options)
     if not isinstance(options, list | tuple | None):
         raise ValueError(f"its {column} has type {type(options).__name__} instead of a list")
     options = list(options or ())

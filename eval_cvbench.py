@@ -122,9 +122,8 @@ def evaluate(options: EvalOptions) -> None:
     settings = {name: value for name, value in vars(options).items() if name not in NEUTRAL}
     refuse_other(path, settings, options.overwrite)  # errors that need no download come first
     check_sources(options, options.model, options.data_path)
-    given = dict(data_path=options.data_path, image_folder=options.image_folder)
-    given["revision"] = options.data_revision
-    trained = run_config(options.model)
+    trained, given = run_config(options.model), {"revision": options.data_revision}
+    given |= {"data_path": options.data_path, "image_folder": options.image_folder}
     split = "eval" if options.dataset in ("toy", trained.get("dataset")) else "all"
     rows = load_rows(options.dataset, split, options.seed, options.limit, **given)
     bad = find_bad_rows(rows)

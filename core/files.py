@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,11 +50,9 @@ def locate(
 
 def download(repo: str, kind: str, patterns: Sequence[str], revision: str | None) -> Path:
     """The files of a `model` or `dataset` on the hub. The folder's name is the commit."""
-    from huggingface_hub import snapshot_download
-
     chosen = {"repo_type": kind, "allow_patterns": list(patterns), "revision": revision}
     try:
-        return Path(snapshot_download(repo, **chosen))
+        return Path(huggingface_hub.snapshot_download(repo, **chosen))
     except Exception as error:  # the hub's client raises the errors of several HTTP libraries
         reason = " ".join(str(error).split()) or type(error).__name__
         hint = f"pass a local copy: --{kind} path/to/folder"
@@ -72,21 +71,21 @@ def split_files(
     Hidden folders are skipped. Only the least deep folder with files of a split is read: a deeper
     one may hold an old copy. A file that is itself a source counts as a file without a word.
     """
-    found: dict[str, list[tuple[int, Path]]] = {}  # word -> depth and file
+    # kind -> [(depth, file)]; a kind is "train", "" or the rank of a held-out word
+    found: dict[Any, list[tuple[int, Path]]] = {}
     for source in sources:
         for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
             name = "" if file == source else f"/{file.relative_to(source)}".lower()
             if "/." not in name and any(map(file.match, patterns if name else ALL)):
                 words = re.findall("[a-z]+", name)
-                held_out = sorted(filter(HELD_OUT.fullmatch, words), key=_preference)
+                ranks = [("test" in w, "mini" not in w, w) for w in words if HELD_OUT.fullmatch(w)]
                 train = "train" if {"train", "training"} & set(words) else ""
-                word = held_out[0] if held_out else train
-                found.setdefault(word, []).append((name.count("/"), file))
-    for word, files in found.items():
-        found[word] = [file for depth, file in files if depth == min(files)[0]]
+                found.setdefault(min(ranks, default=train), []).append((name.count("/"), file))
+    for kind, files in found.items():
+        found[kind] = [file for depth, file in files if depth == min(files)[0]]
     train = found.pop("train", found.get(""))
     found.pop("", None)
-    held_out = found[min(found, key=_preference)] if found else None
+    held_out = found[min(found)] if found else None
     files = held_out if held_out and split == "eval" else train
     if not files:
         only = f", only {held_out[0]}" if held_out else ""
@@ -94,42 +93,35 @@ def split_files(
     return files, not held_out
 
 
-def _preference(word: str) -> tuple:
-    return "test" in word, "mini" not in word, word
-
-
 # --- rows ----------------------------------------------------------------------------------------
 
 
 def read_rows(paths: Sequence[Path], most: int | None, max_images: int | None) -> Sequence[dict]:
-    """The first `most` rows, without those of more than `max_images`, as {place, path, record}."""
+    """The first `most` rows, without those of more than `max_images`, as {place, path, record}.
+
+    Parquet is compressed by row group, and SAT's is one group of 5 GB: to read one row, all of it
+    must be read. So it is streamed once into the cache of `datasets`, which reads single rows.
+    """
     # Tuples, because `datasets` splits lists into shards. Its cache compares all arguments, so that
     # a file that changed is read again.
     versions = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     arguments = {"paths": tuple(str(path.absolute()) for path in paths), "versions": versions}
     arguments |= {"most": most, "max_images": max_images}
+    names = ", ".join(arguments["paths"])
     if next(_stream(**arguments), None) is None:
-        raise UserError(f"no rows in {', '.join(arguments['paths'])}")
+        raise UserError(f"no rows in {names}")
     if all(path.suffix == ".jsonl" for path in paths):
         return list(_stream(**arguments))
-    return _convert(arguments)
-
-
-def _convert(arguments: dict) -> Sequence[dict]:
-    """Parquet is compressed by row group, and SAT's is one group of 5 GB: to read one row, all of
-    it must be read. So it is streamed once into the cache of `datasets`, which reads single rows.
-    """
     from datasets import Dataset, Features, Value  # takes a second, which the toy can save
     from datasets.exceptions import DatasetGenerationError
 
-    paths = arguments["paths"]
     try:
         schema = pa.unify_schemas(map(pq.read_schema, paths), promote_options="permissive")
         columns = Features.from_arrow_schema(schema.remove_metadata())  # images stay bytes
         features = Features(place=Value("int64"), path=Value("string"), record=columns)
         return Dataset.from_generator(_stream, features, gen_kwargs=arguments, writer_batch_size=32)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {', '.join(paths)}: {error}") from error
+        raise UserError(f"cannot read {names}: {error}") from error
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
 

@@ -31,13 +31,8 @@ def open_rows(
 ) -> tuple[Sequence[dict], Sequence[dict]]:
     """The training rows, and the held-out rows unless the run never evaluates."""
     check_sources(options, str(checkpoint or options.model))
-    chosen = dict(
-        seed=options.seed,
-        max_images=options.max_images,
-        subset=options.subset,
-        image_folder=options.image_folder,
-        revision=options.data_revision,
-    )
+    names = ("seed", "max_images", "subset", "image_folder")
+    chosen = {name: getattr(options, name) for name in names} | {"revision": options.data_revision}
     train = load_rows(options.dataset, "train", **chosen)
     if not options.eval_steps:
         return train, []

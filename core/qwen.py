@@ -186,13 +186,12 @@ def load_policy(
     use_packed_attention(model)
     size = image_processor.size  # pixel counts; its attribute max_pixels has no effect
     longest = max_pixels or min(MAX_PIXELS, size["longest_edge"])
-    size = {"shortest_edge": min(size["shortest_edge"], longest), "longest_edge": longest}
-    image_processor.size = size
-    end_ids = settle_generation(model, tokenizer)
+    shortest = min(size["shortest_edge"], longest)
+    image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
     freeze_part(model, freeze)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, Processor(tokenizer, image_processor, end_ids)
+    return model, Processor(tokenizer, image_processor, settle_generation(model, tokenizer))
 
 
 def cannot_load(name: str, reason: object) -> UserError:
@@ -265,14 +264,13 @@ def locate_checkpoint(
 
 def settle_generation(model: nn.Module, tokenizer) -> list[int]:
     """Make the generation config one that can be saved. Returns the ids that end a completion."""
-    published = model.generation_config or GenerationConfig()
-    ends = published.eos_token_id or tokenizer.eos_token_id
+    config = model.generation_config or GenerationConfig()
+    ends = config.eos_token_id or tokenizer.eos_token_id
     if tokenizer.chat_template and "<|im_start|>" not in tokenizer.chat_template:
         # The base checkpoint's template has no roles. It ends a text, not a turn.
         ends = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     # Without the sampling settings: Qwen's base models have some that cannot be saved.
-    ids = {"bos_token_id": published.bos_token_id, "pad_token_id": published.pad_token_id}
-    model.generation_config = GenerationConfig(eos_token_id=ends, **ids)
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=config.pad_token_id)
     return ends if isinstance(ends, list) else [ends]
 
 

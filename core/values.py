@@ -8,6 +8,7 @@ sentences.
 
 import ast
 import math
+import operator
 import re
 from functools import lru_cache
 from unicodedata import normalize
@@ -82,6 +83,10 @@ def _number(expression: str) -> str:
     return "?" + expression.replace(" ", "")
 
 
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+OPERATIONS |= {ast.Div: operator.truediv, ast.Pow: math.pow}
+
+
 def _evaluate(node: ast.expr) -> float:
     """Evaluate numbers, pi, roots and arithmetic. Floats bound the size and time of a power."""
     match node:
@@ -95,16 +100,8 @@ def _evaluate(node: ast.expr) -> float:
             return -_evaluate(operand)
         case ast.BinOp(ast.Constant(), ast.Add() | ast.Sub(), ast.Constant()):
             raise ValueError("a range or a calculation")
-        case ast.BinOp(left, ast.Add(), right):
-            return _evaluate(left) + _evaluate(right)
-        case ast.BinOp(left, ast.Sub(), right):
-            return _evaluate(left) - _evaluate(right)
-        case ast.BinOp(left, ast.Mult(), right):
-            return _evaluate(left) * _evaluate(right)
-        case ast.BinOp(left, ast.Div(), right):
-            return _evaluate(left) / _evaluate(right)
-        case ast.BinOp(left, ast.Pow(), right):
-            return math.pow(_evaluate(left), _evaluate(right))
+        case ast.BinOp(left, sign, right) if type(sign) in OPERATIONS:
+            return OPERATIONS[type(sign)](_evaluate(left), _evaluate(right))
     raise ValueError("not arithmetic")
 
 
@@ -139,8 +136,7 @@ def _digits(match: re.Match) -> str:
 
 PARTS = {"third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
 UNITS = {"sec": "s", "second": "s", "minute": "min", "hr": "h", "hour": "h", "foot": "ft"}
-UNITS |= {"feet": "ft", "inche": "inch", "mile": "mi", "kilo": "kg"}
-UNITS |= {unit: unit for unit in ("kg", "cm", "km", "min")}
+UNITS |= {"feet": "ft", "inche": "inch", "mile": "mi", "kilo": "kg", "kg": "kg", "min": "min"}
 
 
 FOLD = str.maketrans("’º˚。÷−–‐‑", "'°°./----", "\u200b\ufeff")
@@ -169,10 +165,7 @@ REWRITES = [  # applied in this order
     (r"\^?\{?\\circ\}?|(?<=\d)\^\{?o\b\}?|(?<=\d) ?deg(?:rees?)?\b|度", "°"),
     (r"° ?([cf])(?:elsius|ahrenheit)\b", r"° \1"),
     (r"(?<=\d) ?(?:per ?cent|pct)\b", "%"),
-    (
-        r"\b(?:([ckm])(?:enti|ilo|illi))?(?:(m)et(?:er|re)|(g)ram|(l)it(?:er|re))s?\b",
-        r"\1\2\3\4",
-    ),
+    (r"\b(?:([ckm])(?:enti|ilo|illi))?([mgl])(?:eter|etre|ram|iter|itre)s?\b", r"\1\2"),
     (rf"(\d ?|/ ?|\bper )({'|'.join(UNITS)})s?\b", lambda match: match[1] + UNITS[match[2]]),
     (r"(?<=\d) in(?=\W*\Z)", " inch"),
     (r"\beuros?\b", "€"),

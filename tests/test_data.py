@@ -157,7 +157,6 @@ def test_options_that_may_be_lettered_keep_their_order(tmp_path, options, right)
         {"A": "red", "B": "blue", "options": float("nan")},
         {"options": ["red", "blue", None]},
         {"choices": ["red", "blue"]},
-        {"options": '["red", "blue", null]'},  # JSON
         {"options": "('red', 'blue')"},
         {"a": "red", "b": "blue"},
         {"option_A": "red", "option_B": "blue", "option_C": None},
