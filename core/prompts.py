@@ -114,7 +114,7 @@ class Prompts:
     def __getitem__(self, position: int) -> Prompt:
         """The run's prompt at this position."""
         epoch, place = divmod(position, len(self.usable))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(len(self.usable), generator=generator)
         return self.processor.prompt(self.rows[self.usable[order[place]]], self.style)
 

@@ -351,6 +351,7 @@ def test_each_epoch_is_another_permutation_fixed_by_the_seed():
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
     generator = torch.Generator().manual_seed(1 * 1_000_003 + 2)  # what earlier runs drew
     assert epochs[2] == torch.randperm(50, generator=generator).tolist()
+    assert sorted(prompts_of(Numbers(9), seed=10**15)[n] for n in range(9)) == [*range(9)]
     other = prompts_of(Numbers(50), seed=2)
     assert [other[n] for n in range(50)] != epochs[0]
 

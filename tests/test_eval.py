@@ -371,6 +371,16 @@ def test_a_toy_model_is_asked_toy_questions_and_any_other_model_cv_bench():
 
 
 @pytest.mark.parametrize(
+    "words",
+    "--limit 0, --limit -1, --batch_size 0, --samples 0, --temperature -1, --temperature nan, "
+    "--temperature inf, --max_completion_length 0, --max_pixels 0, --seed -1".split(", "),
+)
+def test_every_numeric_flag_refuses_what_is_outside_its_range(evaluate, words):
+    code, _, error = evaluate("mistake", *words.split())
+    assert code == 2 and f"argument {words.split()[0]}: must be" in error
+
+
+@pytest.mark.parametrize(
     "options, code, said",
     [
         (("--dataset", "mmlu"), 1, "mmlu"),
