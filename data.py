@@ -1,8 +1,7 @@
 """Every dataset as the same rows, and every prompt.
 
     rows = load_rows("sat")          # or toy, another of DATASETS, a hub id, a local path
-    bad = find_bad_rows(rows)        # {17: "sat-train-17: its answer is missing or empty"}
-    Feed(rows, seed=42, prepare=lambda row: build_prompt(row, "base"), bad=bad)[1234]
+    build_prompt(rows[17], "base")   # reading a row may raise BadRow
 
 A row is a dict: `place` (its number in the data, which identifies it), `id` (from the file, or made
 from the place), `images` (PIL, RGB, decoded when the row is read; none in a text-only row),
@@ -15,17 +14,14 @@ import ast
 import contextlib
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 from core import files
 from core.options import UserError
-from rewards import stated_option
+from rewards import is_correct, stated_option
+from toy.world import ToyRows
 
 
 class BadRow(ValueError):
@@ -53,24 +49,28 @@ TEMPLATES = {  # upstream's words; it never asks a base model for <answer> tags
     "final answer (option) in <answer> </answer> tags.<|im_end|>\n<|im_start|>assistant\n",
 }
 STYLES = tuple(TEMPLATES)
+MARK = re.compile(r"<image(?:[ _]?(\d+))?>")
 
 
 def build_prompt(row: dict, style: str) -> str:
     """The text of a prompt, with one `IMAGE` per image.
 
-    The images replace the question's `<image>` marks if there are as many marks as images.
-    Otherwise the marks are removed and the images come first.
+    The images replace the question's marks, `<image>` or `<image 1>`, if there is one mark for
+    each image, in order. Otherwise the images come first, marks are removed, and a numbered mark
+    becomes "image 1".
     """
     question, options = row.get("wording") or row["question"], row.get("options")
     if options and not row.get("wording"):
         choices = " or ".join(filter(None, [", ".join(options[:-1]), options[-1]]))
         question = f"Answer in natural language. {question} Choose between the following options: "
         question += choices
-    pieces, images = question.split("<image>"), [IMAGE] * len(row.get("images") or ())
-    if images and len(pieces) - 1 == len(images):
+    marks, images = MARK.findall(question), [IMAGE] * len(row.get("images") or ())
+    in_order = [str(number) for number in range(1, len(images) + 1)]
+    if images and marks in ([""] * len(images), in_order):
+        pieces = MARK.sub("<image>", question).split("<image>")
         return TEMPLATES[style].format(image="", question=IMAGE.join(map(clean, pieces)))
-    question = clean("".join(pieces).lstrip("\n"))
-    return TEMPLATES[style].format(image="".join(images), question=question)
+    question = MARK.sub(lambda mark: f"image {mark[1]}" if mark[1] else "", question)
+    return TEMPLATES[style].format(image="".join(images), question=clean(question.lstrip("\n")))
 
 
 def clean(text: str) -> str:
@@ -89,9 +89,10 @@ LAYOUTS = (  # the columns that identify a published layout; field of a row -> i
     ({"choices", "prompt", "sub_task"}, CHOICES | {"task": "sub_task"}),  # BLINK
     ({"choices", "prompt", "idx"}, CHOICES),  # CV-Bench
     ({"choices"}, {"options": "choices"}),
-    ({"problem", "solution"}, {"question": "problem", "answer": "solution"}),  # CLEVR, GeoQA
-    ({"problem"}, {"question": "problem"}),  # geometry3k
+    ({"problem", "answer"}, {"question": "problem"}),  # geometry3k; a `solution` is reasoning
+    ({"problem"}, {"question": "problem", "answer": "solution"}),  # CLEVR, GeoQA
 )
+OPTION_COLUMN = re.compile("[A-H]|(?:option|choice)[ _]?[A-H1-8]", re.IGNORECASE)
 
 
 class Rows(Sequence):
@@ -140,6 +141,8 @@ def _unify(record: dict, name: str) -> dict:
         if right is None or options.count(options[right]) > 1:
             raise ValueError(f"its answer {row['answer']!r:.80} does not name one of its options")
         row["answer"] = options[right]
+    elif not is_correct(row["answer"], row):  # such as "?", which states nothing
+        raise ValueError(f"its answer {row['answer']!r:.80} can never be right")
     return row
 
 
@@ -152,22 +155,26 @@ def _text(record: Mapping, column: str, tag: str | None = None) -> str:
     value = record.get(column)
     if not isinstance(value, str | int | float | None):
         raise ValueError(f"its {column} has type {type(value).__name__} instead of text")
-    tagged = tag and re.search(f"<{tag}>(.*?)</{tag}>", str(value), re.DOTALL)
-    value = tagged[1] if tagged else value
-    if _is_empty(value):
+    text = "" if _is_empty(value) else clean(str(value))
+    if tag:
+        tagged = re.search(f"<{tag}>(.*?)(?:</{tag}>|$)", text, re.DOTALL | re.IGNORECASE)
+        text = (tagged[1] if tagged else text).strip()
+    if _is_empty(text):
         raise ValueError(f"its {column} is missing or empty")
-    return clean(str(value)).strip() if tag else clean(str(value))
+    return text
 
 
 def _options(record: dict, column: str) -> list[str]:
-    """The options of a list, of a list written as text, or of the columns A, B, C, ..."""
+    """The options of a list, of a list written as text, or of columns A, B, … or option_a, …"""
     options = record.get(column)
-    if _is_empty(options) and {"A", "B"} <= record.keys():
-        options = [record.get(letter) for letter in "ABCDEFGH"]
+    columns = {name[-1].upper(): name for name in record if OPTION_COLUMN.fullmatch(name)}
+    if _is_empty(options) and len(columns) > 1:
+        places = "12345678" if "1" in columns else "ABCDEFGH"
+        options = [record.get(columns.get(place)) for place in places]
     if isinstance(options, str):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             options = ast.literal_eval(options)
-    if not isinstance(options, list | None):
+    if not isinstance(options, list | tuple | None):
         raise ValueError(f"its {column} has type {type(options).__name__} instead of a list")
     options = list(options or ())
     while len(options) > 1 and _is_empty(options[-1]):  # a table pads short lists with NaN
@@ -216,17 +223,17 @@ def load_rows(
     revision: branch, tag or commit on the hub.
     data_path: files or a folder to read a dataset of `DATASETS` from, instead of the hub.
     """
-    if split not in ("train", "all", *files.EVAL_WORDS):
+    if split not in ("train", "all") and not files.HELD_OUT.fullmatch(split):
         raise UserError(f"unknown split {split!r}; valid: train, eval, all")
     name, whole = str(name), split == "all" or name in BENCHMARKS
     split = "train" if split == "train" and name not in BENCHMARKS else "eval"
     if name == "toy":
-        from toy.world import ToyRows
-
         return ToyRows(split, seed, limit or (100_000 if split == "train" else 1_000))
     if name == "sat":  # upstream's recipe
         subset, max_images = 15_000 if subset is None else subset, max_images or 1
-    sources, patterns, commit = files.locate(name, DATASETS, data_path, revision)
+    sources, repo, patterns = files.locate(name, DATASETS, data_path)
+    folder = None if sources else files.download(repo, "dataset", patterns, revision)
+    sources, commit = (sources, None) if sources else ([folder], folder.name)
     paths, hold_out = files.split_files(sources, patterns, split)
     records = files.read_rows(paths, subset or None, max_images)
     columns = set().union(*(records[i]["record"] for i in range(len(records))[:9]))
@@ -238,49 +245,3 @@ def load_rows(
         kept = kept[:cut] if split == "train" else kept[cut:]
     title = Path(name).absolute().stem
     return Rows(records, kept[:limit], title, split, seed, image_folder, commit)
-
-
-# --- the order of a run --------------------------------------------------------------------------
-
-
-def find_bad_rows(
-    rows: Sequence[dict], check: Callable = lambda row: None, indices: Sequence[int] | None = None
-) -> dict[int, str]:
-    """Read and check the rows (all, or at `indices`): index -> "id: reason" of each `BadRow`."""
-
-    def reason(i: int) -> str | None:
-        try:
-            check(rows[i])
-        except BadRow as bad:
-            return str(bad)
-
-    indices = range(len(rows)) if indices is None else indices
-    with ThreadPoolExecutor() as pool:
-        reasons = tqdm(pool.map(reason, indices), "checking rows", len(indices), delay=2)
-        return {i: why for i, why in zip(indices, reasons, strict=True) if why}
-
-
-def skipped_report(bad: Mapping[int, str]) -> str | None:
-    """One line on the rows that a run leaves out, or None."""
-    shown = "; ".join([*bad.values()][:3] + ["..."] * (len(bad) > 3))
-    return f"{len(bad)} unusable rows skipped: {shown}" if bad else None
-
-
-class Feed:
-    """`feed[position]` is `prepare(row)` for the run's prompt number `position`.
-
-    Each epoch is a permutation of the usable rows, fixed by (seed, epoch) alone: it is the same in
-    a resumed run and in every process. `bad` is what `find_bad_rows` found.
-    """
-
-    def __init__(self, rows: Sequence[dict], seed: int, prepare: Callable, bad: dict | tuple = ()):
-        self.rows, self.seed, self.prepare = rows, seed, prepare
-        self.usable = [i for i in range(len(rows)) if i not in bad]
-        if not self.usable:
-            raise UserError(f"no usable row in {len(rows)}: {skipped_report(bad)}")
-
-    def __getitem__(self, position: int) -> Any:
-        epoch, place = divmod(position, len(self.usable))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.usable), generator=generator)
-        return self.prepare(self.rows[self.usable[order[place]]])

@@ -27,9 +27,10 @@ from tqdm import tqdm
 from core.logs import write_whole
 from core.options import StageOptions, UserError, flag, parse_options, run_config
 from core.processes import launch, start_accelerator
+from core.prompts import check_sources, find_bad_rows
 from core.qwen import load_policy
 from core.rollout import sample
-from data import BENCHMARKS, BadRow, load_rows
+from data import BENCHMARKS, load_rows
 from rewards import extract_answer, is_correct, reflects, stated_option, stated_value
 
 
@@ -57,28 +58,17 @@ class EvalOptions(StageOptions):
 NEUTRAL = "batch_size config output_dir overwrite recipe recipe_reason resume".split()
 ROW = ("id", "type", "task", "source", "question", "options", "answer")
 SOURCES = ("ADE20K", "COCO", "Omni3D")  # of CV-Bench
-PAPER = {  # Qwen2-VL-2B in arXiv 2503.05132, table 3, in %. It prints 0.16 for 10.16.
-    "base": dict(Count=54.69, Relation=22.46, Depth=10.16, Distance=31.66, all=31.38),
-    "base + SFT": dict(Count=60.02, Relation=68.92, Depth=55.00, Distance=45.83, all=57.84),
-    "base + GRPO": dict(Count=59.64, Relation=66.76, Depth=54.16, Distance=56.66, all=59.47),
-    "Instruct": dict(Count=45.43, Relation=68.92, Depth=58.66, Distance=51.66, all=55.64),
-}
-
-
-def lenient_answer(response: str, row: dict) -> str | None:
-    """The last tag's content or, without a tag, the one option or value that the text states."""
-    if (tagged := extract_answer(response)) is not None:
-        return tagged
-    text = response.rpartition("</think>")[2].strip() or response.removeprefix("<think>")
-    if not row["options"]:
-        return stated_value(text)
-    index = stated_option(text, row["options"])
-    return None if index is None else row["options"][index]
 
 
 def judge(row: dict, response: str) -> dict:
     """Whether a response is right, from `options`, `answer` and `response` alone."""
-    extracted, lenient = extract_answer(response), lenient_answer(response, row)
+    extracted = lenient = extract_answer(response)
+    if extracted is None:
+        text = response.rpartition("</think>")[2].strip() or response.removeprefix("<think>")
+        lenient = stated_value(text)
+        if row["options"]:
+            index = stated_option(text, row["options"])
+            lenient = None if index is None else row["options"][index]
     correct = extracted is not None and is_correct(extracted, row)
     correct_lenient = lenient is not None and is_correct(lenient, row)
     return {"extracted": extracted, "correct": correct, "correct_lenient": correct_lenient}
@@ -128,35 +118,35 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def evaluate(options: EvalOptions) -> None:
     accelerator = start_accelerator(options)
     rank, world = accelerator.process_index, accelerator.num_processes
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    given = dict(data_path=options.data_path, image_folder=options.image_folder)
-    given["revision"] = options.data_revision
-    trained_on = run_config(options.model).get("dataset")
-    split = "eval" if options.dataset in ("toy", trained_on) else "all"
+    path = Path(options.output_dir) / "responses.jsonl"
+    settings = {name: value for name, value in vars(options).items() if name not in NEUTRAL}
+    refuse_other(path, settings, options.overwrite)  # errors that need no download come first
+    check_sources(options, options.model, options.data_path)
+    trained, given = run_config(options.model), {"revision": options.data_revision}
+    given |= {"data_path": options.data_path, "image_folder": options.image_folder}
+    split = "eval" if options.dataset in ("toy", trained.get("dataset")) else "all"
     rows = load_rows(options.dataset, split, options.seed, options.limit, **given)
+    bad = find_bad_rows(rows)
+    skipped = [f"row {i + 1}, {reason}" for i, reason in bad.items()]
+    if len(bad) == len(rows):
+        raise UserError(f"{options.dataset} has no usable question: {'; '.join(skipped[:3])}")
+
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     given = dict(max_pixels=options.max_pixels, revision=options.revision)
     model, processor = load_policy(options.model, dtype=dtype, **given)
     model.to(accelerator.device).eval().requires_grad_(False)
-    trained = run_config(options.model).get("style_used", processor.default_style)
-    options.prompt_style = trained if options.prompt_style == "auto" else options.prompt_style
-    lengths, skipped = {}, []
-    for place in range(len(rows)):  # the place identifies a question: ids may repeat
-        try:
-            lengths[place] = processor.prompt_length(rows[place], options.prompt_style)
-        except BadRow as bad:
-            skipped.append(f"row {place + 1}, {bad}")
-    if not lengths:
-        raise UserError(f"{options.dataset} has no usable question: {'; '.join(skipped[:3])}")
-    settings = {name: value for name, value in vars(options).items() if name not in NEUTRAL}
+    style = options.prompt_style
+    if style == "auto":
+        style = trained.get("style_used", processor.default_style)
+    settings["style_used"] = style
     settings["weights"] = sum(int(p.view(torch.int16).sum()) for p in model.parameters())
-    path = Path(options.output_dir) / "responses.jsonl"
     done = open_responses(path, settings, options.overwrite) if rank == 0 else []
     done, size, k = set(gather_object(done)), options.batch_size, options.samples
     limits = (options.max_completion_length, options.temperature)
-    order = sorted(lengths, key=lengths.get, reverse=True)  # like lengths share a batch
+    order = [i for i in range(len(rows)) if i not in bad]  # not ids, which may repeat
     for first in tqdm(range(0, len(order), size * world), disable=rank > 0):
         places = [place for place in order[first + rank * size :][:size] if place not in done]
-        prompts = [processor.prompt(rows[place], options.prompt_style) for place in places]
+        prompts = [processor.prompt(rows[place], style) for place in places]
         records, texts = [], []
         if prompts:
             inputs = processor.collate([prompt.inputs for prompt in prompts])
@@ -175,17 +165,24 @@ def evaluate(options: EvalOptions) -> None:
         publish(path, skipped)
 
 
-def open_responses(path: Path, settings: dict, overwrite: bool) -> list[int]:
-    """The places already answered. Raises UserError if other settings or weights answered them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def refuse_other(path: Path, settings: dict, overwrite: bool) -> None:
+    """Raise UserError if the responses in `path` were made with other settings or weights."""
+    if overwrite or not path.exists() or not path.read_text():
+        return
     saved = path.with_name("eval_config.json")
-    text = path.read_text() if path.exists() and not overwrite else ""
-    before = json.loads(saved.read_text()) if text else settings
+    before = json.loads(saved.read_text()) if saved.exists() else {}
     if other := [name for name in settings if before.get(name) != settings[name]]:
         raise UserError(f"{path}: made with other {', '.join(other)}; --overwrite deletes it")
+
+
+def open_responses(path: Path, settings: dict, overwrite: bool) -> list[int]:
+    """The places already answered."""
+    refuse_other(path, settings, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text() if path.exists() and not overwrite else ""
     text = text[: text.rfind("\n") + 1]  # without a line that was cut short
     write_whole(path, text)
-    write_whole(saved, json.dumps(settings, indent=2) + "\n")
+    write_whole(path.with_name("eval_config.json"), json.dumps(settings, indent=2) + "\n")
     print(*(f"{name}: {value}" for name, value in settings.items()), sep="\n", flush=True)
     return [json.loads(line)["place"] for line in text.splitlines()]
 
@@ -212,8 +209,6 @@ def compare(names: list[str]) -> None:
         groups[folder] = [row]
         seeds.setdefault(re.sub("-[0-9]+$", "-*", folder), []).append(row)
     groups |= {road: rows for road, rows in seeds.items() if len(rows) > 1}
-    if all("official" in rows[0] for rows in groups.values()):  # of CV-Bench
-        groups |= {f"paper: {model}": [row] for model, row in PAPER.items()}
     for name, rows in groups.items():
         print(name.ljust(max(map(len, groups))), end="")
         for column in rows[0]:

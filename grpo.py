@@ -54,7 +54,7 @@ from core.optimizer import GuardedStep, prepare
 from core.options import TrainingOptions, UserError, flag, parse_options
 from core.packing import Policy
 from core.processes import Replica, StopSignal, launch, share_of, start_accelerator
-from core.prompts import load_prompts, open_rows
+from core.prompts import Prompts, open_rows
 from core.qwen import load_for_training, load_reference
 from core.user_rewards import load_rewards
 from rewards import accuracy_reward
@@ -285,12 +285,12 @@ def main() -> int | None:
     checkpoint = find_checkpoint(options, accelerator)
     functions = load_rewards(options.rewards)
     reward_weights = torch.tensor(options.reward_weights or [1.0] * len(functions))
-    rows = open_rows(options)  # before the model, so that a wrong path is found at once
+    rows = open_rows(options, checkpoint)  # before the weights, which may have to be downloaded
     model, processor = load_for_training(options, checkpoint)
     sampler = Replica(model, accelerator, lora=options.lora_rank > 0)
     add_adapters(model, options.lora_rank, options.seed, sampler.model.dtype)
     reference = load_reference(options, accelerator)
-    prompts = load_prompts(rows, options, processor, accelerator, options.prompts_per_update)
+    prompts = Prompts(rows, options, processor, options.prompts_per_update)
     logs = Logs(options, accelerator, model, prompts, step_of(checkpoint))
     policy, optimizer = prepare(Policy(model), options, accelerator, checkpoint)
     sampler.refresh(policy)  # with the adapters of the checkpoint

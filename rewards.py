@@ -14,6 +14,7 @@ text or letter, or the open answer). Training adds accuracy and format with equa
 
 import re
 from collections.abc import Sequence
+from unicodedata import normalize
 
 from core.values import NEGATION, VOIDS_NUMBER, agree, values, words
 
@@ -90,14 +91,14 @@ def stated_option(text: str, options: Sequence[str]) -> int | None:
         if option.strip().lower() == spelled:
             return index
     names = _names(options)
-    option_values = [open_value(OWN_LETTER.sub("", option, count=1)) for option in options]
+    option_values = [open_value(_own_letter(option)[1]) for option in options]
     sentences = words(text).split(" . ")
     rest, meant, found = "".join(sentences), set(range(len(options))), []
     for name in sorted(names, key=len, reverse=True):
         if name in rest:
             rest, meant = rest.replace(name, NAMED), meant & names[name]
             found.append(name)
-    for said in values(rest) if any(option_values) else []:
+    for said in dict.fromkeys(values(rest)) if any(option_values) else []:
         meant &= {i for i, value in enumerate(option_values) if value and agree(said, value)}
         found.append(f" {said[0]} ")
     if not found or len(meant) != 1:
@@ -116,17 +117,26 @@ def _names(options: Sequence[str]) -> dict[str, set[int]]:
     Names are texts and letters. An option's own letter ("B: cup") wins over its position. Letters
     up to F that no option has mean none, so "(C) left" names nothing where there are two options.
     """
-    own = [match[1].lower() for match in map(OWN_LETTER.match, options) if match]
     letters = [chr(ord("a") + index) for index in range(max(6, len(options)))]
     names: dict[str, set[int]] = {f" {letter} ": set() for letter in letters}
-    if len(set(own) & set(letters)) == len(options):
+    own = [_own_letter(option)[0] for option in options]
+    if len(set(own) - {""}) < len(options):
+        own = letters
+    elif set(own) <= set(letters):
         letters = own
-    for index, (letter, option) in enumerate(zip(letters, options, strict=False)):
-        for text in (letter, option, OWN_LETTER.sub("", option, count=1)):
-            name = f" {letter} " if text == letter else words(text).replace(" . ", "")
-            names.setdefault(name, set()).add(index)
+    for index, option in enumerate(options):
+        for letter in (letters[index], own[index]):
+            names.setdefault(f" {letter} ", set()).add(index)
+        for text in (option, _own_letter(option)[1]):
+            names.setdefault(words(text).replace(" . ", ""), set()).add(index)
     names.pop("", None)
     return names
+
+
+def _own_letter(option: str) -> tuple[str, str]:
+    """The letter or digit that an option begins with, or "", and the rest of its text."""
+    match = OWN_LETTER.match(option := normalize("NFKC", option))
+    return (match[1].lower(), option[match.end() :]) if match else ("", option)
 
 
 def open_value(answer: str) -> tuple[str, str] | None:
@@ -141,7 +151,7 @@ def stated_value(text: str) -> str | None:
 
     Nouns are no units here: "There are 3 dogs." states "3".
     """
-    found = values(words(text))
+    found = [*dict.fromkeys(values(words(text)))]
     if not found or not all(agree(found[0], other) for other in found):
         return None
     number, unit = found[0]
@@ -150,8 +160,13 @@ def stated_value(text: str) -> str | None:
 
 NAMED = " # "  # replaces the name of an option in a text
 FILLER = re.compile(r" (?:a|final|answer|option|is|it|\.) ")
-# The letter in "A: cup", "a) cup", "(a) cup", "A.cup", "A - cup", and where the letter is all.
-OWN_LETTER = re.compile(r"\A\s*\(?([A-Za-z])(?:\s*[.):]\s*|\s+[-–]\s+|\s*$)")
+# The letter in "A: cup", "a) cup", "(a) cup", "[A] cup", "A.cup", "A - cup", "Option A: cup" and
+# where it is all, but none in "A: B". The digit in "1. cup", but none in "1.5 m".
+OWN_LETTER = re.compile(
+    r"\A\s*(?:(?:option|choice) +)?[(\[【*]*([A-Z]|\d(?=[.):\]】、*]+\s*[^\W\d]))"
+    r"(?:\s*[)\]】*.:、|\t\n]+\s*|\s+[-–—]\s+|\s*\Z)(?!\s*[A-Z]\s*\Z)",
+    re.IGNORECASE,
+)
 
 
 # --- self-reflection ------------------------------------------------------------------------------

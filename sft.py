@@ -35,7 +35,7 @@ from core.optimizer import GuardedStep, prepare
 from core.options import TrainingOptions, flag, parse_options
 from core.packing import Packed, Policy, pack_groups
 from core.processes import Replica, StopSignal, launch, share_of, start_accelerator
-from core.prompts import load_prompts, open_rows
+from core.prompts import Prompts, open_rows
 from core.qwen import Processor, Prompt, load_for_training
 from data import BadRow
 from rewards import accuracy_reward, is_correct
@@ -112,18 +112,16 @@ def main() -> int | None:
     accelerator = start_accelerator(options)
     own = share_of(options, "rows_per_update", accelerator)  # this process's places in an update
     checkpoint = find_checkpoint(options, accelerator)
-    rows = open_rows(options)  # before the model, so that a wrong path is found at once
+    rows = open_rows(options, checkpoint)  # before the weights, which may have to be downloaded
     model, processor = load_for_training(options, checkpoint)
     sampler = Replica(model, accelerator, lora=options.lora_rank > 0)
     add_adapters(model, options.lora_rank, options.seed, sampler.model.dtype)
     bare = options.target == "answer"
     style = "base-direct" if bare and processor.default_style == "base" else None
     check = partial(target_text, target=options.target)
-    prompts = load_prompts(
-        rows, options, processor, accelerator, options.rows_per_update, style, check
-    )
+    prompts = Prompts(rows, options, processor, options.rows_per_update, style, check)
     if options.epochs:
-        rows_of_run = options.epochs * len(prompts.feed.usable)
+        rows_of_run = options.epochs * len(prompts.usable)
         options.max_steps = math.ceil(rows_of_run / options.rows_per_update)
     logs = Logs(options, accelerator, model, prompts, step_of(checkpoint))
     policy, optimizer = prepare(Policy(model), options, accelerator, checkpoint)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,36 +22,37 @@ from core.options import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ALL = ("*.parquet", "*.jsonl")
-EVAL_WORDS = ("val", "valid", "validation", "dev", "eval", "testmini", "test", "testa", "testb")
+HELD_OUT = re.compile(  # a word in a path that says that the file is held out
+    "(?:mini)?(?:val(?:id(?:ation)?)?|dev|eval(?:uation)?|test(?:ing)?|hold(?:out)?|held(?:out)?)"
+    "(?:mini|dev|test|std|[a-z])?"
+)
 
 
 def locate(
-    name: str, known: dict[str, tuple], data_path: Any, revision: str | None
-) -> tuple[list[Path], Sequence[str], str | None]:
-    """Where a dataset's files are, which to read, and the commit if they come from the hub.
+    name: str, known: dict[str, tuple], data_path: Any = None
+) -> tuple[list[Path], str, Sequence[str]]:
+    """Where a dataset's files are: paths, or if there are none a repository; and which to read.
 
     `known` has the hub repository and the files of each dataset that has a short name.
     """
     repo, patterns = known.get(name, (name, ALL))
-    if data_path:
-        paths = [data_path] if isinstance(data_path, str | Path) else data_path
-        return [Path(path) for path in paths], patterns, None
-    if name not in known and (Path(name).exists() or name.endswith((".parquet", ".jsonl"))):
-        return [Path(name)], patterns, None
-    if not HUB_ID.fullmatch(repo):
+    paths = [data_path] if isinstance(data_path, str | Path) else data_path or []
+    if not paths and name not in known and (Path(name).exists() or any(map(Path(name).match, ALL))):
+        paths = [name]
+    for path in paths:
+        if not Path(path).exists():
+            raise UserError(f"{path} does not exist")
+    if not paths and not HUB_ID.fullmatch(repo):
         near = difflib.get_close_matches(name, ["toy", *known], 1) or ["toy", *known]
         raise UserError(f"{name} is no dataset, folder or file; did you mean {', '.join(near)}?")
-    folder = download(repo, "dataset", patterns, revision)
-    return [folder], patterns, folder.name
+    return [Path(path) for path in paths], repo, patterns
 
 
 def download(repo: str, kind: str, patterns: Sequence[str], revision: str | None) -> Path:
     """The files of a `model` or `dataset` on the hub. The folder's name is the commit."""
-    from huggingface_hub import snapshot_download
-
     chosen = {"repo_type": kind, "allow_patterns": list(patterns), "revision": revision}
     try:
-        return Path(snapshot_download(repo, **chosen))
+        return Path(huggingface_hub.snapshot_download(repo, **chosen))
     except Exception as error:  # the hub's client raises the errors of several HTTP libraries
         reason = " ".join(str(error).split()) or type(error).__name__
         hint = f"pass a local copy: --{kind} path/to/folder"
@@ -63,28 +65,27 @@ def split_files(
 ) -> tuple[list[Path], bool]:
     """The files of a split, and whether they also have to serve the other split.
 
-    A word in a path below its source says the split: one of `EVAL_WORDS`, else `train`. Files
-    without such a word are for training if there is no train file, and are not read otherwise.
+    A word in a path below its source says the split: one of `HELD_OUT`, else `train`. Files
+    without such a word are for training if there is no train file, and are not read otherwise. Of
+    several held-out words one is read: validation before test, a small part before the whole.
     Hidden folders are skipped. Only the least deep folder with files of a split is read: a deeper
     one may hold an old copy. A file that is itself a source counts as a file without a word.
     """
-    found = []
+    # kind -> [(depth, file)]; a kind is "train", "" or the rank of a held-out word
+    found: dict[Any, list[tuple[int, Path]]] = {}
     for source in sources:
-        if not source.exists():
-            raise UserError(f"{source} does not exist")
         for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
             name = "" if file == source else f"/{file.relative_to(source)}".lower()
-            words = re.findall("[a-z]+", name)
             if "/." not in name and any(map(file.match, patterns if name else ALL)):
-                word = next((word for word in (*EVAL_WORDS, "train") if word in words), "")
-                found.append((word, name.count("/"), file))
-
-    def files_of(word: str) -> list[Path]:
-        depth = min((depth for other, depth, _ in found if other == word), default=0)
-        return [file for *key, file in found if key == [word, depth]]
-
-    train = files_of("train") or files_of("")
-    held_out = next(filter(None, map(files_of, EVAL_WORDS)), [])
+                words = re.findall("[a-z]+", name)
+                ranks = [("test" in w, "mini" not in w, w) for w in words if HELD_OUT.fullmatch(w)]
+                train = "train" if {"train", "training"} & set(words) else ""
+                found.setdefault(min(ranks, default=train), []).append((name.count("/"), file))
+    for kind, files in found.items():
+        found[kind] = [file for depth, file in files if depth == min(files)[0]]
+    train = found.pop("train", found.get(""))
+    found.pop("", None)
+    held_out = found[min(found)] if found else None
     files = held_out if held_out and split == "eval" else train
     if not files:
         only = f", only {held_out[0]}" if held_out else ""
@@ -96,34 +97,31 @@ def split_files(
 
 
 def read_rows(paths: Sequence[Path], most: int | None, max_images: int | None) -> Sequence[dict]:
-    """The first `most` rows, without those of more than `max_images`, as {place, path, record}."""
+    """The first `most` rows, without those of more than `max_images`, as {place, path, record}.
+
+    Parquet is compressed by row group, and SAT's is one group of 5 GB: to read one row, all of it
+    must be read. So it is streamed once into the cache of `datasets`, which reads single rows.
+    """
     # Tuples, because `datasets` splits lists into shards. Its cache compares all arguments, so that
     # a file that changed is read again.
     versions = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     arguments = {"paths": tuple(str(path.absolute()) for path in paths), "versions": versions}
     arguments |= {"most": most, "max_images": max_images}
+    names = ", ".join(arguments["paths"])
     if next(_stream(**arguments), None) is None:
-        raise UserError(f"no rows in {', '.join(arguments['paths'])}")
+        raise UserError(f"no rows in {names}")
     if all(path.suffix == ".jsonl" for path in paths):
         return list(_stream(**arguments))
-    return _convert(arguments)
-
-
-def _convert(arguments: dict) -> Sequence[dict]:
-    """Parquet is compressed by row group, and SAT's is one group of 5 GB: to read one row, all of
-    it must be read. So it is streamed once into the cache of `datasets`, which reads single rows.
-    """
     from datasets import Dataset, Features, Value  # takes a second, which the toy can save
     from datasets.exceptions import DatasetGenerationError
 
-    paths = arguments["paths"]
     try:
         schema = pa.unify_schemas(map(pq.read_schema, paths), promote_options="permissive")
         columns = Features.from_arrow_schema(schema.remove_metadata())  # images stay bytes
         features = Features(place=Value("int64"), path=Value("string"), record=columns)
         return Dataset.from_generator(_stream, features, gen_kwargs=arguments, writer_batch_size=32)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {', '.join(paths)}: {error}") from error
+        raise UserError(f"cannot read {names}: {error}") from error
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
 
@@ -154,7 +152,7 @@ def _records(path: str) -> Iterator[dict]:
 
 # --- images --------------------------------------------------------------------------------------
 
-IMAGE_COLUMNS = ("images", "image_bytes", "image")
+IMAGE_COLUMNS = ("images", "image_bytes", "image", "image_path", "image_paths", "img")
 NUMBERED_IMAGES = tuple(f"image_{n}" for n in range(1, 10))
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS, which runs a program
 FORMATS += ["AVIF"] if pillow_reads("avif") else []
@@ -189,10 +187,11 @@ def to_image(value: Any, folders: Sequence[Path] = ()) -> Image.Image:
             raise ValueError(f"empty or too thin, {value.width}x{value.height}")
         image = ImageOps.exif_transpose(value)
         if image.mode[0] in "IF":  # 16 bits, 32 bits or floats, which convert() would clip at 255
-            # The file does not say which value is white, so the largest value has to.
+            # The file does not say which value is white, so the largest value has to: 1, or the
+            # end of as many bits as it needs (12 in many sensors).
             pixels = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0, 65535)
-            white = next(limit for limit in (1, 255, 65535) if pixels.max() <= limit)
-            image = Image.fromarray((pixels * (255 / white)).astype(np.uint8))
+            bits = max(8, int(pixels.max()).bit_length()) if pixels.max() >= 2 else 1
+            image = Image.fromarray((pixels * 255 / (2**bits - 1)).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -211,7 +211,7 @@ def describe_run(options, accelerator, model, prompts) -> dict:
         "mixed_precision": accelerator.mixed_precision,
         "source": source_hash(getattr(options, "rewards", [])),
         "model_commit": getattr(model, "hub_commit", None),
-        "data_commit": getattr(prompts.feed.rows, "commit", None),
+        "data_commit": getattr(prompts.rows, "commit", None),
         "versions": {"python": platform.python_version()} | libraries,
     }
 

@@ -5,16 +5,16 @@ Letters: B prompts, P prompt length, C completion length.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
@@ -77,38 +77,26 @@ class Processor:
         return len(tokens) - len(patches) + visual_tokens
 
     def encode_one(self, prompt: str, images: list[Image.Image]) -> dict[str, Tensor]:
-        """One prompt, unpadded.
+        """One prompt, unpadded: `input_ids` (P,), the images as in `encode`.
 
-        Returns `input_ids` (P,) and, if there are images, `pixel_values` (patches, 3 * 2 * patch²)
-        and `image_grid_thw` (images, 3). Raises ValueError if the number of image places in the
-        prompt is not the number of images.
+        Raises ValueError if the number of image places in the prompt is not that of the images.
         """
         pieces = prompt.split("<|image_pad|>")
-        if len(pieces) - 1 != len(images):
-            raise ValueError(
-                f"the prompt has {len(pieces) - 1} image places for {len(images)} images"
-            )
+        if (places := len(pieces) - 1) != len(images):
+            raise ValueError(f"the prompt has {places} image places for {len(images)} images")
         encoded = {}
         if images:
             encoded = dict(self.image_processor(images=images, return_tensors="pt"))
             # one token per merged patch: t * h * w / merge²
             tokens = encoded["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2
-            pieces[1:] = [
-                "<|image_pad|>" * int(n) + piece
-                for n, piece in zip(tokens, pieces[1:], strict=True)
-            ]
+            for place, n in enumerate(tokens.tolist()):
+                pieces[place] += "<|image_pad|>" * n
         ids = self.tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
         return {"input_ids": torch.tensor(ids), **encoded}
 
     def collate(self, encoded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Pad prompts from `encode_one` on the left to one batch: see `encode`."""
-        length = max(len(one["input_ids"]) for one in encoded)
-        input_ids = torch.full((len(encoded), length), self.pad_id)
-        attention_mask = torch.zeros(len(encoded), length, dtype=torch.long)
-        for row, one in enumerate(encoded):
-            start = length - len(one["input_ids"])
-            input_ids[row, start:] = one["input_ids"]
-            attention_mask[row, start:] = 1
+        input_ids, attention_mask = self.pad([one["input_ids"] for one in encoded], "left")
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         batch["mm_token_type_ids"] = (input_ids == self.image_id).long()
         for key in ("pixel_values", "image_grid_thw"):
@@ -117,28 +105,30 @@ class Processor:
                 batch[key] = torch.cat(parts)
         return batch
 
+    def pad(self, rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+        """Rows of token ids as one tensor, and the mask of what is not padding."""
+        masks = [torch.ones_like(row) for row in rows]
+        ids = nn.utils.rnn.pad_sequence(rows, True, self.pad_id, side)
+        return ids, nn.utils.rnn.pad_sequence(masks, True, 0, side)
+
     def encode(self, prompts: list[str], images: list[list[Image.Image]]) -> dict[str, Tensor]:
         """Prompts and their images as model inputs.
 
         Returns `input_ids`, `attention_mask` and `mm_token_type_ids` (B, P), padded on the left.
-        `pixel_values` (patches, …) and `image_grid_thw` (images, 3) are flat over all images of
-        the batch and absent if there are none. Raises ValueError as `encode_one` does.
+        `pixel_values` (patches, 3 * 2 * patch²) and `image_grid_thw` (images, 3) are flat over all
+        images of the batch and absent if there are none. Raises ValueError as `encode_one` does.
         """
         return self.collate([self.encode_one(p, i) for p, i in zip(prompts, images, strict=True)])
 
     def encode_targets(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Texts and their end token as `completion_ids` and `completion_mask`, (B, C)."""
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        ids = [torch.tensor(row + self.end_ids[:1]) for row in rows]
-        pad = nn.utils.rnn.pad_sequence
-        return pad(ids, True, self.pad_id), pad([torch.ones_like(row) for row in ids], True, 0)
+        return self.pad([torch.tensor(row + self.end_ids[:1]) for row in rows], "right")
 
     def decode(self, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:
         """Completions as text, without end token and padding."""
-        return [
-            self.tokenizer.decode(ids[mask.bool()], skip_special_tokens=True)
-            for ids, mask in zip(completion_ids, completion_mask, strict=True)
-        ]
+        pairs = zip(completion_ids, completion_mask.bool(), strict=True)
+        return self.tokenizer.batch_decode([i[m] for i, m in pairs], skip_special_tokens=True)
 
     def save_pretrained(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -170,37 +160,55 @@ def load_policy(
     """
     folder, commit = locate_checkpoint(name, revision)
     try:
-        config = AutoConfig.from_pretrained(folder)
-        if config.model_type not in FAMILIES:
-            families = ", ".join(FAMILIES)
-            raise UserError(f"{name} is a {config.model_type} model. Valid: {families}")
+        for file in sorted(folder.iterdir()):
+            read_checked(file)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.chat_template = tokenizer.chat_template or chat_template(folder)
+        older = folder / "chat_template.json"  # which the tokenizer does not read
+        if older.exists() and not tokenizer.chat_template:
+            tokenizer.chat_template = read_checked(older).get("chat_template")
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         model, report = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, by name
         )
-    except SafetensorError as error:
-        raise UserError(
-            f"the weights of {name} are damaged ({error}): delete {folder} and get them again"
-        ) from error
     except (OSError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"cannot load the model {name!r}: {line}") from error
-    missing = sorted(report["missing_keys"])
+        raise cannot_load(name, error) from error
+    missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if missing:
         raise UserError(
             f"{name} lacks {len(missing)} weights, {', '.join(missing[:3])} among them. Are they "
-            "named as transformers names them? (Merge adapters before saving.)"
+            "named and shaped as transformers has them? (Merge adapters before saving.)"
         )
     model.hub_commit = commit
     use_packed_attention(model)
-    limit_pixels(image_processor, max_pixels)
-    end_ids = settle_generation(model, tokenizer)
+    size = image_processor.size  # pixel counts; its attribute max_pixels has no effect
+    longest = max_pixels or min(MAX_PIXELS, size["longest_edge"])
+    shortest = min(size["shortest_edge"], longest)
+    image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
     freeze_part(model, freeze)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, Processor(tokenizer, image_processor, end_ids)
+    return model, Processor(tokenizer, image_processor, settle_generation(model, tokenizer))
+
+
+def cannot_load(name: str, reason: object) -> UserError:
+    return UserError(f"cannot load the model {name!r}: {' '.join(str(reason).split())}")
+
+
+def read_checked(file: Path) -> dict:
+    """The content of a JSON file. Raises ValueError if a JSON file or a file of weights is damaged.
+
+    The message names the file behind a link: deleting a link in the hub's cache mends nothing.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            safe_open(file, "pt")
+        return json.loads(file.read_bytes()) if file.suffix == ".json" else {}
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{file.resolve()} is damaged ({error}): get it again") from error
 
 
 def load_for_training(options: TrainingOptions, checkpoint: Path | None):
@@ -214,7 +222,7 @@ def load_for_training(options: TrainingOptions, checkpoint: Path | None):
         freeze=options.freeze,
         gradient_checkpointing=options.gradient_checkpointing,
         max_pixels=options.max_pixels,
-        revision=None if checkpoint else options.revision,
+        revision=options.revision,
     )
 
 
@@ -227,69 +235,61 @@ def load_reference(options: TrainingOptions, accelerator: Accelerator) -> nn.Mod
     return reference.requires_grad_(False).eval().to(accelerator.device)
 
 
-def locate_checkpoint(name: str, revision: str | None) -> tuple[Path, str | None]:
-    """The checkpoint's folder, and the commit on the hub that it or its training started from."""
+def locate_checkpoint(
+    name: str, revision: str | None, files: Sequence[str] = FILES
+) -> tuple[Path, str | None]:
+    """A Qwen-VL's folder, and the commit on the hub that it or its training started from.
+
+    Only `files` are downloaded. Raises UserError if there is no such model.
+    """
     if name == "toy":
         return TOY_CHECKPOINT, None
     if Path(name).is_dir():
-        return Path(name), run_config(name).get("model_commit")
-    if not HUB_ID.fullmatch(name):
-        raise UserError(f"cannot load the model {name!r}: there is no such folder")
-    folder = download(name, "model", FILES, revision)
-    return folder, folder.name
-
-
-def chat_template(folder: Path) -> str | None:
-    """Older checkpoints keep the chat template in a file that the tokenizer does not read."""
-    path = folder / "chat_template.json"
-    return json.loads(path.read_text())["chat_template"] if path.exists() else None
-
-
-def limit_pixels(image_processor, max_pixels: int | None) -> None:
-    """Set the size that the processor reads when it is called. `max_pixels` alone has no effect."""
-    size = image_processor.size  # pixel counts
-    longest = max_pixels or min(MAX_PIXELS, size["longest_edge"])
-    shortest = min(size["shortest_edge"], longest)
-    image_processor.size = {"shortest_edge": shortest, "longest_edge": longest}
+        folder, commit = Path(name), run_config(name).get("model_commit")
+    elif HUB_ID.fullmatch(name):
+        folder = download(name, "model", files, revision)
+        commit = folder.name
+    else:
+        raise cannot_load(name, "there is no such folder")
+    try:
+        family = read_checked(folder / "config.json").get("model_type")
+    except (OSError, ValueError) as error:
+        raise cannot_load(name, error) from error
+    if family not in FAMILIES:
+        raise UserError(f"{name} is a {family} model. Valid: {', '.join(FAMILIES)}")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{name} holds adapters: merge them into the weights before you save them")
+    return folder, commit
 
 
 def settle_generation(model: nn.Module, tokenizer) -> list[int]:
     """Make the generation config one that can be saved. Returns the ids that end a completion."""
     config = model.generation_config or GenerationConfig()
-    if config.eos_token_id is None:
-        config.eos_token_id = tokenizer.eos_token_id
+    ends = config.eos_token_id or tokenizer.eos_token_id
     if tokenizer.chat_template and "<|im_start|>" not in tokenizer.chat_template:
         # The base checkpoint's template has no roles. It ends a text, not a turn.
-        config.eos_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    try:
-        config.validate(strict=True)
-    except ValueError:  # Qwen publishes top_k without do_sample, which cannot be saved
-        kept = ("bos_token_id", "eos_token_id", "pad_token_id")
-        config = GenerationConfig(**{name: getattr(config, name) for name in kept})
-    model.generation_config = config
-    ends = config.eos_token_id
+        ends = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    # Without the sampling settings: Qwen's base models have some that cannot be saved.
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=config.pad_token_id)
     return ends if isinstance(ends, list) else [ends]
 
 
 def freeze_part(model: nn.Module, part: str) -> None:
     """Stop training `vision` (tower and merger) or `language` (layers, embeddings and head)."""
-    parts = {
-        "none": [],
-        "vision": [model.model.visual],
-        "language": [model.model.language_model, model.lm_head],
-    }
+    parts = {"none": [], "vision": [model.model.visual]}
+    parts["language"] = [model.model.language_model, model.lm_head]
     for module in parts[part]:
         module.requires_grad_(False)
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Trainable and frozen parameters: {"vision": (trainable, frozen), "language": (…)}."""
-    counts = {"vision": [0, 0], "language": [0, 0]}
-    vision = {id(p) for p in model.model.visual.parameters()}
-    for parameter in model.parameters():
-        part = "vision" if id(parameter) in vision else "language"
-        counts[part][not parameter.requires_grad] += parameter.numel()
-    return {part: tuple(both) for part, both in counts.items()}
+    vision = set(model.model.visual.parameters())
+    counts = {"vision": vision, "language": set(model.parameters()) - vision}
+    for part, parameters in counts.items():
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        counts[part] = trainable, sum(p.numel() for p in parameters) - trainable
+    return counts
 
 
 def save_policy(model: nn.Module, processor: Processor, folder: str | Path, weights=None) -> None:

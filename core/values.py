@@ -8,19 +8,21 @@ sentences.
 
 import ast
 import math
+import operator
 import re
 from functools import lru_cache
 from unicodedata import normalize
 
-MAX_TEXT = 6000  # characters; only the two ends of a longer text are read
+MAX_TEXT = 5000  # characters; only the two ends of a longer text are read
 
 NEGATION = re.compile(
-    " (?:not|no|never|neither|nor|none|non|cannot|except|instead|opposite|wrong|incorrect|false) "
+    " (?:not|no|never|neither|nor|none|non|except|instead|opposite|wrong|incorrect|false|не) "
 )
 # Beside one of these a number is not the value: "3 + x", "more than 3", "sin 30".
 VOIDS_NUMBER = re.compile(
     NEGATION.pattern
     + r"| (?:[+^/±≤≥<>\\]|pi|sqrt|cbrt|sin|cos|tan|log|ln|than|more|less|fewer|least|most) "
+    r"| (?:over|under|above|below)  -?\d"
 )
 
 
@@ -81,6 +83,10 @@ def _number(expression: str) -> str:
     return "?" + expression.replace(" ", "")
 
 
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+OPERATIONS |= {ast.Div: operator.truediv, ast.Pow: math.pow}
+
+
 def _evaluate(node: ast.expr) -> float:
     """Evaluate numbers, pi, roots and arithmetic. Floats bound the size and time of a power."""
     match node:
@@ -94,16 +100,8 @@ def _evaluate(node: ast.expr) -> float:
             return -_evaluate(operand)
         case ast.BinOp(ast.Constant(), ast.Add() | ast.Sub(), ast.Constant()):
             raise ValueError("a range or a calculation")
-        case ast.BinOp(left, ast.Add(), right):
-            return _evaluate(left) + _evaluate(right)
-        case ast.BinOp(left, ast.Sub(), right):
-            return _evaluate(left) - _evaluate(right)
-        case ast.BinOp(left, ast.Mult(), right):
-            return _evaluate(left) * _evaluate(right)
-        case ast.BinOp(left, ast.Div(), right):
-            return _evaluate(left) / _evaluate(right)
-        case ast.BinOp(left, ast.Pow(), right):
-            return math.pow(_evaluate(left), _evaluate(right))
+        case ast.BinOp(left, sign, right) if type(sign) in OPERATIONS:
+            return OPERATIONS[type(sign)](_evaluate(left), _evaluate(right))
     raise ValueError("not arithmetic")
 
 
@@ -113,20 +111,35 @@ ONES = "zero one two three four five six seven eight nine ten eleven twelve thir
 ONES = f"{ONES} fifteen sixteen seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {word: i for i, word in enumerate(ONES)} | {w: 10 * i for i, w in enumerate(TENS, 2)}
+NUMBERS |= dict(zip("一二三四五六七八九十两", [*range(1, 11), 2], strict=True))
 LARGE = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 SMALL = rf"(?:(?:{'|'.join(TENS)})[- ](?:{'|'.join(ONES[1:10])})|{'|'.join([*ONES, *TENS])})\b"
-NUMBER_WORDS = rf"\b(?:(?:{SMALL} )?(?:{'|'.join(LARGE)})\b(?: (?:and )?{SMALL})?|{SMALL})"
+TIMES = rf"(?:(?:{SMALL}|\d+(?:\.\d+)?) )?(?:{'|'.join(LARGE)})\b"
+NUMBER_WORDS = (
+    rf"\b(?:{TIMES}(?:,? (?:and )?{TIMES})*(?: (?:and )?{SMALL})?|{SMALL})"
+    "|[一二三四五六七八九十两](?=[个只张条把辆本块位])"
+)
 
 
 def _digits(match: re.Match) -> str:
     """Number words as digits, such as "105" for "one hundred and five"."""
-    total = 0
-    for word in re.split("[ -]", match[0]):
-        total = max(total, 1) * LARGE[word] if word in LARGE else total + NUMBERS.get(word, 0)
-    return str(total)
+    total = part = 0
+    for word in re.findall(r"[\d.]+|\w+", match[0]):
+        if LARGE.get(word, 0) >= 1000:
+            total, part = total + (part or 1) * LARGE[word], 0
+        elif word in LARGE:
+            part = (part or 1) * LARGE[word]
+        elif word != "and":
+            part += NUMBERS[word] if word in NUMBERS else float(word)
+    return f"{total + part:.15g}"
 
 
-FOLD = str.maketrans("’º˚。−–‐‑", "'°°.----", "\u200b\ufeff")
+PARTS = {"third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+UNITS = {"sec": "s", "second": "s", "minute": "min", "hr": "h", "hour": "h", "foot": "ft"}
+UNITS |= {"feet": "ft", "inche": "inch", "mile": "mi", "kilo": "kg", "kg": "kg", "min": "min"}
+
+
+FOLD = str.maketrans("’º˚。÷−–‐‑", "'°°./----", "\u200b\ufeff")
 # The "a" of "a chair", "a 3D view" and of a text cut off after "there is a" is no option's letter.
 # It is one in "a", "option a", "A is closer", "A or B" and "A left".
 ARTICLE = (
@@ -139,18 +152,27 @@ ARTICLE = (
 REWRITES = [  # applied in this order
     (r"(?:\b[a-z])?'(?:s|d|m|ll|re|ve)\b|\b[a-z]'(?=[a-z])|\b(?:e\.g|i\.e|the|an)\b", " "),
     (r"</\w[^<>]*>|<\w[^<>]*>(?=[^<])", " "),  # HTML
-    (r"n't\b|ない|ません|[不没非]|아니", " not "),
-    (r"\bno +(?=[^\W\d_])", "not "),  # "no chairs" does not state "no"
+    (r"\bcan(?:no|')t\b", "can not"),
+    (r"n't\b|ない|ません|[不没非错]|아[니닙]", " not "),
+    (r"\bno +(?=[^\W\d_])(?!(?:it|there|he|she|they)\b)", "not "),  # "no chairs" states no "no"
     (NUMBER_WORDS, _digits),
+    (r"(?<=\d) +and +half\b", " 1/2"),
     (r"\b(?:one |1 |a )?half\b", "1/2"),
+    (rf"\b(\d+)[- ]({'|'.join(PARTS)})s?\b", lambda match: f"{match[1]}/{PARTS[match[2]]}"),
     (r"\b(?:minus|negative) ", "-"),
     (r"\b([ap])\.m\b\.?", r"\1m"),
-    (r"\^?\{?\\circ\}?|(?<=\d) ?deg(?:rees?)?\b|度", "°"),
-    (r"(?<=\d) ?percent\b", "%"),
-    (r"\b(?:([ckm])(?:enti|ilo|illi))?met(?:er|re)s?\b", r"\1m"),
+    (r"(?<=\d):00(?= ?[ap]m\b)", ""),
+    (r"\^?\{?\\circ\}?|(?<=\d)\^\{?o\b\}?|(?<=\d) ?deg(?:rees?)?\b|度", "°"),
+    (r"° ?([cf])(?:elsius|ahrenheit)\b", r"° \1"),
+    (r"(?<=\d) ?(?:per ?cent|pct)\b", "%"),
+    (r"\b(?:([ckm])(?:enti|ilo|illi))?([mgl])(?:eter|etre|ram|iter|itre)s?\b", r"\1\2"),
+    (rf"(\d ?|/ ?|\bper )({'|'.join(UNITS)})s?\b", lambda match: match[1] + UNITS[match[2]]),
+    (r"(?<=\d) in(?=\W*\Z)", " inch"),
+    (r"\beuros?\b", "€"),
     ("厘米", " cm "),
     ("米", " m "),
-    (r"(?:square|平方) *([ckm]?m)\b", r"\1^2"),
+    (r"(?:square|sq\.?|平方) *([ckm]?m)\b", r"\1^2"),
+    (r"(?:cubic|立方) *([ckm]?m)\b", r"\1^3"),
     (r"\\times|\\cdot|[×·⋅]| x(?= ?10 ?\^)", "*"),
     (r"(?<=\d)\*\*(?=\d)", "^"),
     (r" squared\b", "^2"),
@@ -159,12 +181,11 @@ REWRITES = [  # applied in this order
     (r"([€£¥]) ?([\d.,]*\d)", r"\2 \1"),
     (r"√|\\sqrt|\b(?:square )?root(?: of)? ", "sqrt"),
     (r"π|\\pi\b", "pi "),
-    (r"\\[dtc]?frac *(\d) *(\d)", r"\\frac{\1}{\2}"),
     (r"sqrt\[3\]|∛", "cbrt"),
     *2  # for a root in a fraction and a fraction in a root
     * [
         (r"(sqrt|cbrt|\^) *(?:\{([^{}]*)\}|(-?\d+(?:\.\d+)?|pi\b))", r"\1(\2\3)"),
-        (r"\\[dtc]?frac *\{([^{}]*)\} *\{([^{}]*)\}", r"((\1)/(\2))"),
+        (r"\\[dtc]?frac *(?:\{([^{}]*)\}|(\d)) *(?:\{([^{}]*)\}|(\d))", r"((\1\2)/(\3\4))"),
     ],
     (r"(?<![\d.])(\d+) *\(\((\d+)\)/\((\d+)\)\)", r"(\1+\2/\3)"),  # 2\frac{1}{2}
     (r"(?<![\d.])(\d+) +(\d+)[/⁄](\d+)\b", r"(\1+\2/\3)"),  # 2½
@@ -177,7 +198,7 @@ REWRITES = [  # applied in this order
     (r"\}", ")"),
     (r"⁄", "/"),
     (r"(?<=[a-z])(?<!pi)\^\(?(-?\d)\)?\^?", r"\1"),  # cm^2
-    (r"(\d\)? ?[a-z]+)(?:/| per )(?=[a-z])", r"\1per"),  # m/s
+    (r"(\d\)? ?[a-z]+)(?: ?/ ?| per )(?=[a-z])", r"\1per"),  # m/s
     (r"(?<=\d)[a-f]\b(?![-+])", ""),  # the letter of "3D" is no option's
     ("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af])", r" \1 "),
     (r"[!?;\n]+|\.(?!\d)", " . "),

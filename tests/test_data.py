@@ -5,8 +5,9 @@ import samples
 import torch
 from samples import plain, png, sat, write
 
-from core.options import UserError
-from data import STYLES, BadRow, Feed, build_prompt, find_bad_rows, load_rows, skipped_report
+from core.options import TrainingOptions, UserError
+from core.prompts import Prompts, find_bad_rows, skipped_report
+from data import STYLES, BadRow, build_prompt, load_rows
 
 home = samples.home  # a fixture
 pytestmark = pytest.mark.usefixtures("home")
@@ -69,11 +70,15 @@ def test_an_open_question_is_asked_as_it_is_and_braces_are_only_text():
         ("<image>\nWhere?", 2, "User: Where? \n"),
         ("Is <image> like <image>?", 1, "User: Is  like ? \n"),
         ("<image>Where?", 0, "User: Where? \n"),
+        ("<image 1>\nWhere?", 1, f"User: {VISION}\nWhere? \n"),
+        ("Is <image_1> like <image_2>?", 2, f"User: Is {VISION} like {VISION}? \n"),
+        ("Is <image 2> like <image 1>?", 2, "User: Is image 2 like image 1? \n"),
+        ("<image 1> or <image 1>?", 1, "User: image 1 or image 1? \n"),
     ],
 )
 def test_images_go_to_their_marks_or_the_marks_are_removed(question, images, prompt):
     text = build_prompt({"question": question, "images": [None] * images}, "base-direct")
-    assert prompt in text and text.count(VISION) == images and "<image>" not in text
+    assert prompt in text and text.count(VISION) == images and "<image" not in text
     assert text.startswith(VISION * images + "A conv") or VISION in prompt
 
 
@@ -152,6 +157,10 @@ def test_options_that_may_be_lettered_keep_their_order(tmp_path, options, right)
         {"A": "red", "B": "blue", "options": float("nan")},
         {"options": ["red", "blue", None]},
         {"choices": ["red", "blue"]},
+        {"options": "('red', 'blue')"},
+        {"a": "red", "b": "blue"},
+        {"option_A": "red", "option_B": "blue", "option_C": None},
+        {"choice 1": "red", "choice 2": "blue"},
     ],
 )
 def test_options_are_read_from_a_list_a_written_list_or_lettered_columns(tmp_path, columns):
@@ -168,6 +177,14 @@ def test_options_are_read_from_a_list_a_written_list_or_lettered_columns(tmp_pat
         ({"options": ["yes", ["no"]]}, "option has type list instead of text"),
         ({"A": "yes", "B": None, "C": "no"}, "option is missing or empty"),
         ({"A": None, "B": float("nan")}, "option is missing or empty"),
+        ({"A": "yes", "C": "no"}, "option is missing or empty"),
+        ({"options": "yes, no"}, "options has type str instead of a list"),
+        ({"options": 2}, "options has type int instead of a list"),
+        ({"options": [{"text": "yes"}, {"text": "no"}]}, "option has type dict instead of text"),
+        ({"answer": "?"}, "answer '?' can never be right"),
+        ({"answer": "<|im_end|>"}, "answer is missing or empty"),
+        ({"images": [None]}, "an image has type NoneType instead of bytes or a path"),
+        ({"task": ["count"]}, "task has type list instead of text"),
         ({"options": ["left", "right"]}, "answer 'yes' does not name one of its options"),
         ({"options": ["yes", "yes"]}, "answer 'yes' does not name one of its options"),
         ({"question": ["Which?"]}, "question has type list instead of text"),
@@ -187,7 +204,9 @@ def test_a_value_that_cannot_be_used_is_a_bad_row_that_names_it(tmp_path, row, w
 
 
 @pytest.mark.parametrize(
-    "answer", ["left", "Left", " left.\n", "(B)", "b", "B.", "(B) left", "<answer> B </answer>"]
+    "answer",
+    ["left", "Left", " left.\n", "(B)", "b", "B.", "(B) left", "<answer> B </answer>"]
+    + ["<Answer>left</ANSWER>", "<answer>B", "<think>so</think><answer>left</answer>"],
 )
 def test_an_answer_names_its_option_in_any_spelling(tmp_path, answer):
     row = one(tmp_path, {"options": ["right", "left", "up"], "answer": answer})
@@ -198,6 +217,14 @@ def test_a_column_called_prompt_or_wording_does_not_replace_the_question(tmp_pat
     row = one(tmp_path, {"prompt": "Be brief.", "wording": "Be kind.", "level": 3})
     assert "User: Which? \n" in build_prompt(row, "base")
     assert row["prompt"] == "Be brief." and row["level"] == 3  # still there for a user's reward
+
+
+@pytest.mark.parametrize("column", ["image", "images", "image_path", "img", "image_1"])
+def test_an_image_is_read_from_any_of_the_usual_columns(tmp_path, column):
+    (tmp_path / "b.png").write_bytes(png("blue"))
+    value = ["b.png"] if column == "images" else "b.png"
+    row = one(tmp_path, {"image": None, column: value})
+    assert [image.getpixel((0, 0)) for image in row["images"]] == [(0, 0, 255)]
 
 
 @pytest.mark.parametrize("missing", [{}, {"image": None}, {"images": []}])
@@ -258,6 +285,7 @@ def test_vsr_reads_local_images_and_names_the_missing(tmp_path):
         ({"solution": " 140° "}, "140°"),
         ({"solution": "<think>so</think>\n<answer>\nno\n</answer>"}, "no"),
         ({"answer": "12.5", "images": [png()]}, "12.5"),  # geometry3k
+        ({"answer": "12.5", "solution": "Half of 25, so 12.5."}, "12.5"),
     ],
 )
 def test_clevr_geoqa_and_geometry3k_in_their_published_layouts(tmp_path, columns, answer):
@@ -300,29 +328,50 @@ class Numbers(list):
         return super().__getitem__(i)
 
 
-def numbers(feed, positions):
-    return [feed[position] for position in positions]
+class AsTheyAre:
+    """A processor whose prompts are the rows."""
+
+    default_style = "base"
+
+    def prompt(self, row, style):
+        return row
+
+    def prompt_length(self, row, style):
+        return 1
+
+
+def prompts_of(rows, seed):
+    return Prompts((rows, []), TrainingOptions(seed=seed), AsTheyAre(), size=1)
 
 
 def test_each_epoch_is_another_permutation_fixed_by_the_seed():
-    feed = Feed(Numbers(50), seed=1, prepare=lambda row: row)
-    epochs = [numbers(feed, range(50 * epoch, 50 * epoch + 50)) for epoch in range(3)]
+    prompts = prompts_of(Numbers(50), seed=1)
+    epochs = [[prompts[50 * epoch + n] for n in range(50)] for epoch in range(3)]
     assert all(sorted(epoch) == [*range(50)] for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
     generator = torch.Generator().manual_seed(1 * 1_000_003 + 2)  # what earlier runs drew
     assert epochs[2] == torch.randperm(50, generator=generator).tolist()
-    assert numbers(Feed(Numbers(50), 2, lambda row: row), range(50)) != epochs[0]
+    assert sorted(prompts_of(Numbers(9), seed=10**15)[n] for n in range(9)) == [*range(9)]
+    other = prompts_of(Numbers(50), seed=2)
+    assert [other[n] for n in range(50)] != epochs[0]
 
 
 def test_an_epoch_holds_each_usable_row_once_in_any_order_of_access():
     rows = Numbers(20, {3, 4})
-    bad = find_bad_rows(rows)
-    assert bad == {3: "n-3: broken", 4: "n-4: broken"}
-    straight = numbers(Feed(rows, 7, str, bad), range(54))
+    assert find_bad_rows(rows) == {3: "n-3: broken", 4: "n-4: broken"}
+    prompts, again = prompts_of(rows, 7), prompts_of(rows, 7)
+    straight = [prompts[position] for position in range(54)]
     for epoch in range(3):
-        once = sorted(map(int, straight[18 * epoch : 18 * epoch + 18]))
+        once = sorted(straight[18 * epoch : 18 * epoch + 18])
         assert once == [n for n in range(20) if n not in (3, 4)]
-    assert numbers(Feed(rows, 7, str, bad), range(53, -1, -1)) == straight[::-1]
+    assert [again[position] for position in range(53, -1, -1)] == straight[::-1]
+
+
+def test_a_rollout_is_the_prompts_at_its_places_in_any_order_of_rollouts():
+    prompts = Prompts((Numbers(9), []), TrainingOptions(), AsTheyAre(), size=4)
+    for number in (0, 1, 2, 7, 3, 0):
+        expected = [prompts[4 * number + place] for place in (1, 3)]
+        assert prompts.of_rollout(number, [1, 3]) == expected
 
 
 def test_rows_that_a_stage_cannot_use_are_found_before_it_starts(tmp_path):
@@ -337,15 +386,12 @@ def test_rows_that_a_stage_cannot_use_are_found_before_it_starts(tmp_path):
 
     bad = find_bad_rows(held_out, needs_thinking)
     assert bad[2] == "rows-eval-2: it has no thinking" and list(bad) == [2, 4]
-    assert "No such file" in bad[4] and find_bad_rows(held_out, needs_thinking, [0, 1, 4]) == {
-        4: bad[4]
-    }
-    assert skipped_report(bad).startswith("2 unusable rows skipped: rows-eval-2: it has no")
+    assert "No such file" in bad[4]
+    assert skipped_report([*bad.values()]).startswith("2 unusable rows skipped: rows-eval-2: it ")
 
 
 def test_a_run_without_usable_rows_ends_with_the_first_reasons():
-    bad = find_bad_rows(Numbers(4, {0, 1, 2, 3}))
     reasons = "4 unusable rows skipped: n-0: broken; n-1: broken; n-2: broken; ..."
-    assert skipped_report(bad) == reasons and skipped_report({}) is None
     with pytest.raises(UserError, match=f"^no usable row in 4: {reasons}$"):
-        Feed(Numbers(4), 0, lambda row: row, bad)
+        prompts_of(Numbers(4, {0, 1, 2, 3}), seed=0)
+    assert prompts_of(Numbers(4), seed=0).skipped is None

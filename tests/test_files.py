@@ -68,6 +68,9 @@ PIXELS = {
     "tiff-32-bit": (ramp("TIFF", 65535, np.int32), BLACK, WHITE),
     "tiff-float-to-1": (ramp("TIFF", 1, np.float32), BLACK, WHITE),
     "tiff-float-to-255": (ramp("TIFF", 255, np.float32), BLACK, WHITE),
+    "tiff-float-over-1": (ramp("TIFF", 1.2, np.float32), BLACK, WHITE),
+    "png-12-bit": (ramp("PNG", 4095, np.uint16), BLACK, WHITE),
+    "png-8-of-16-bit": (ramp("PNG", 255, np.uint16), BLACK, WHITE),
     "bmp": (encode(Image.new("RGB", (8, 8), "red"), "BMP"), RED, RED),
     **{f"animated-{kind}": (animation(kind), RED, RED) for kind in ("GIF", "WEBP", "PNG")},
 }
@@ -185,6 +188,10 @@ def test_a_path_in_the_data_cannot_leave_the_folders_that_the_user_named(folders
         ("rows test .cache/train old/rows", "rows", "test"),
         ("SAT_train SAT_val", "SAT_train", "SAT_val"),
         ("2D/train 3D/train val2017", "2D/train 3D/train", "val2017"),
+        ("training minival testdev answers", "training", "minival"),
+        ("rows testdev", "rows", "testdev"),
+        ("a b holdout", "a b", "holdout"),
+        ("values devices", "devices values", "devices values"),
         ("train responses", "train", "train"),  # the last rows of the train file are held out
     ],
 )

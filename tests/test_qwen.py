@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, IMAGE, random_batch, random_images, tiny_model
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImageProcessorPil
 
 from core.options import TrainingOptions, UserError
-from core.prompts import load_prompts
+from core.prompts import Prompts
 from core.qwen import count_parameters, freeze_part, load_policy, save_policy
 
 # --- encoding ------------------------------------------------------------------------------------
@@ -55,10 +54,23 @@ def test_rows_whose_prompt_is_over_the_limit_are_left_out_and_named(tmp_path):
         {"id": f"row-{i}", "images": [images[i]], "question": q, "options": [], "answer": "so"}
         for i, q in enumerate(questions)
     ]
-    options = TrainingOptions(max_prompt_length=200)
-    prompts = load_prompts((rows, []), options, processor, Accelerator(cpu=True), size=1)
-    assert prompts.feed.usable == [0, 2, 3]
+    prompts = Prompts((rows, []), TrainingOptions(max_prompt_length=200), processor, size=1)
+    assert prompts.usable == [0, 2, 3]
     assert "1 unusable rows skipped: row-1: its prompt has" in prompts.skipped
+
+
+def test_held_out_rows_that_cannot_be_used_are_counted_and_named_and_none_left_is_an_error():
+    _, processor = tiny_model("qwen2_vl")
+    rows = [
+        {"id": f"row-{i}", "images": [], "question": q, "options": [], "answer": "so", "task": "t"}
+        for i, q in enumerate(["How?", "How? " * 200, "Why?"])
+    ]
+    more = TrainingOptions(max_prompt_length=200), processor, 1
+    prompts = Prompts((rows[:1], rows), *more)
+    assert [prompt.row["id"] for prompt in prompts.held_out] == ["row-0", "row-2"]
+    assert prompts.skipped.startswith("1 unusable rows skipped: row-1: its prompt has")
+    with pytest.raises(UserError, match="no held-out row can be used: 1 unusable .* row-1: "):
+        Prompts((rows[:1], rows[1:2]), *more)
 
 
 def test_targets_end_with_the_end_token_and_decode_to_their_text():
@@ -180,10 +192,32 @@ def test_weights_that_are_missing_or_have_other_names_are_an_error_that_names_th
     assert "weights, " in refused(folder)
 
 
-def test_damaged_weights_are_named_as_such(folder):
+@pytest.mark.parametrize("kept", [50, 0])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json"]
+)
+def test_a_damaged_file_is_named_as_such(name, kept, folder):
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:kept])
+    assert f"{folder}': {file.resolve()} is damaged (" in refused(folder)
+
+
+def test_a_pointer_of_git_lfs_instead_of_the_weights_is_named_as_damaged(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "model.safetensors is damaged" in refused(folder)
+
+
+def test_weights_of_another_shape_are_named(folder):
     file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:100_000])
-    assert f"the weights of {folder} are damaged" in refused(folder)
+    weights = load_file(file)
+    key = next(name for name in weights if name.endswith("embed_tokens.weight"))
+    save_file(weights | {key: weights[key][:-5].clone()}, file, {"format": "pt"})
+    assert "lacks 1 weights, " in (line := refused(folder)) and "embed_tokens.weight" in line
+
+
+def test_adapters_beside_the_weights_are_refused_not_ignored(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "holds adapters: merge them" in refused(folder)
 
 
 def test_weights_are_never_read_from_a_pickle(folder):
