@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -232,7 +233,7 @@ def score(rollout: Rollout, functions: dict[str, Callable]) -> Tensor:
         prompt = rollout.prompts[row // G]
         for name, function in functions.items():
             reward = function(prompt.opening + completion, prompt.row)
-            if not isinstance(reward, int | float) or not math.isfinite(reward):
+            if not isinstance(reward, Real) or not math.isfinite(reward):
                 where = f"row {prompt.row['id']}"
                 raise UserError(f"the reward {name} returned {reward!r} for {where}, not a number")
             rewards.append(float(reward))

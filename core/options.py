@@ -83,7 +83,9 @@ class StageOptions:
     output_dir: str | None = flag(None, "Folder of the run; default outputs/<stage>-<dataset>")
     resume: bool = flag(False, "Continue from the newest checkpoint in the run's folder")
     overwrite: bool = flag(False, "Delete the run that the folder holds and start again")
-    seed: int = flag(0, "Determines the order of the data and every sample", paper=42, ge=0)
+    seed: int = flag(
+        0, "Determines the order of the data and every sample", paper=42, ge=0, lt=2**63
+    )
     precision: Literal["auto", "bf16", "fp32"] = flag(
         "auto", "Compute precision over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU"
     )
@@ -292,4 +294,7 @@ def choose_recipe(given: dict, dataset: str) -> tuple[str, str]:
 def run_config(folder: str | Path) -> dict:
     """What the run that saved this model folder was told, or nothing."""
     path = Path(folder) / "run_config.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -264,8 +265,9 @@ def scored(*values) -> torch.Tensor:
     return grpo.score(rollout, {"mine": lambda completion, row: next(values)})
 
 
-def test_int_and_bool_rewards_are_numbers():
+def test_int_bool_and_numpy_rewards_are_numbers():
     assert torch.equal(scored(True, 3), torch.tensor([[[1.0], [3.0]]]))
+    assert torch.equal(scored(np.float32(0.5), np.int64(2)), torch.tensor([[[0.5], [2.0]]]))
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, "1.0", [1.0]])
