@@ -84,7 +84,7 @@ class StageOptions:
     resume: bool = flag(False, "Continue from the newest checkpoint in the run's folder")
     overwrite: bool = flag(False, "Delete the run that the folder holds and start again")
     seed: int = flag(
-        0, "Determines the order of the data and every sample", paper=42, ge=0, lt=2**63
+        0, "Determines the order of the data and every sample", paper=42, ge=0, le=2**63 - 1
     )
     precision: Literal["auto", "bf16", "fp32"] = flag(
         "auto", "Compute precision over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU"
