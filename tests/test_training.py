@@ -24,7 +24,6 @@ from grpo import GRPOOptions
 from sft import SFTOptions, target_text
 from toy.world import ToyRows
 
-ACCELERATOR = Accelerator(cpu=True)
 EVALUATED = {"eval/accuracy", "eval/completion_length", "eval/reflection"}
 TRAINED = {"step", "loss", "grad_norm", "learning_rate", "skipped_updates", "seconds/train"}
 TRAINED |= {"tokens_per_second"}
@@ -132,9 +131,9 @@ def test_without_kl_no_reference_model_is_loaded(monkeypatch):
         raise AssertionError("loaded")
 
     monkeypatch.setattr(core.qwen, "load_policy", load_policy)
-    assert load_reference(GRPOOptions(beta=0.0), ACCELERATOR) is None
+    assert load_reference(GRPOOptions(beta=0.0), Accelerator(cpu=True)) is None
     with pytest.raises(AssertionError, match="loaded"):
-        load_reference(GRPOOptions(beta=0.1), ACCELERATOR)
+        load_reference(GRPOOptions(beta=0.1), Accelerator(cpu=True))
 
 
 def test_grpo_makes_likelier_what_a_reward_of_ones_own_pays(model, tmp_path):
@@ -183,7 +182,7 @@ def test_the_sft_loss_is_the_librarys_cross_entropy_in_one_forward_or_several():
         options = SFTOptions(target="trace", rows_per_forward=size)
         batches = sft.make_micro_batches(prompts, model, processor, options)
         tokens = sum(int(mask.sum()) for _, mask in batches)
-        loss = sft.compute_gradients(Policy(model), batches, tokens, ACCELERATOR)["loss"]
+        loss = sft.compute_gradients(Policy(model), batches, tokens, Accelerator(cpu=True))["loss"]
         losses.append(loss)
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     for one, other in zip(*gradients, strict=True):
