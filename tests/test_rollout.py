@@ -262,8 +262,8 @@ def test_attention_is_accurate_in_bfloat16_where_keys_share_a_large_offset():
     """Within 0.5 % of float64; scores rounded to bfloat16 would be wrong by up to a half."""
     model, processor = tiny_model("qwen2_vl")
     inputs, G, K, R, D, S = prompt(random_batch(processor), 0, (1,)), 3, 2, 2, 12, 8
-    _, cache, start = prefill(model, inputs)
-    decoder = rollout.Decoder(model.bfloat16(), cache, inputs["attention_mask"], start, G, S)
+    _, cache, start = prefill(model.bfloat16(), inputs)
+    decoder = rollout.Decoder(model, cache, inputs["attention_mask"], start, G, S)
     w, to_slot = decoder.layers[0], decoder.places.flatten()
     generator = torch.Generator().manual_seed(0)
     for memory in (w.prompt_values, w.own_values, w.prompt_keys, w.own_keys):
