@@ -201,8 +201,8 @@ def group_logps(
     Float32, zero where there is no token. `with_entropy` adds the entropy of the distribution that
     each token was drawn from, in nats, (B, G, C), without gradient.
     """
-    output = model.model(**packed.inputs, use_cache=False, packed=packed)
-    hidden = output.last_hidden_state[0, packed.before]  # (N, H)
+    hidden = model.model(**packed.inputs, use_cache=False, packed=packed).last_hidden_state[0]
+    hidden = hidden[packed.before]  # (N, H)
     both = token_logps(model.lm_head, hidden, packed.targets, temperature)
     zeros = torch.zeros(math.prod(packed.shape), device=hidden.device)
     logps, entropy = (zeros.index_copy(0, packed.results, x).view(packed.shape) for x in both)
