@@ -45,21 +45,21 @@ def prepare_layer(layer: nn.Module, cache, own_keys: Tensor, own_values: Tensor)
     """The weights, keys and values of one decoder layer."""
     attention = layer.self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    qkv_bias, qk_norm = None, None
-    if attention.q_proj.bias is not None:
-        qkv_bias = torch.cat([projection.bias for projection in projections])
-    if hasattr(attention, "q_norm"):  # Qwen3-VL
+    qk_norm = None
+    if hasattr(attention, "q_norm"):  # Qwen3-VL, which has no biases
         K, R = own_keys.shape[1], attention.num_key_value_groups
         norms = attention.q_norm.weight.expand(K * R, -1), attention.k_norm.weight.expand(K, -1)
         qk_norm = torch.cat(norms)
     return SimpleNamespace(
         attention_norm=layer.input_layernorm.weight,  # (H,)
         qkv=torch.cat([projection.weight for projection in projections]),
-        qkv_bias=qkv_bias,
+        qkv_bias=torch.cat([p.bias for p in projections]) if qk_norm is None else None,
         qk_norm=qk_norm,  # (K*R + K, D)
-        out=attention.o_proj,
+        out=attention.o_proj.weight,
         mlp_norm=layer.post_attention_layernorm.weight,
-        mlp=layer.mlp,
+        gate=layer.mlp.gate_proj.weight,
+        up=layer.mlp.up_proj.weight,
+        down=layer.mlp.down_proj.weight,
         # Keys stay in float32: bfloat16 scores would be wrong by up to 1/256 of their size.
         prompt_keys=cache.keys.float().flatten(0, 1),  # (B*K, P, D)
         prompt_values=cache.values.flatten(0, 1),
@@ -122,8 +122,9 @@ class Decoder:
         x = self.embedding[tokens]  # (n, H)
         for w in self.layers:
             q = self.project(self.rms_norm(x, w.attention_norm), w, rotation, position)
-            x = x + w.out(self.attend(q, w, own_mask, to_slot, to_group))
-            x = x + w.mlp(self.rms_norm(x, w.mlp_norm))
+            x = x + F.linear(self.attend(q, w, own_mask, to_slot, to_group), w.out)
+            h = self.rms_norm(x, w.mlp_norm)
+            x = x + F.linear(F.silu(F.linear(h, w.gate)) * F.linear(h, w.up), w.down)
         return self.lm_head(self.rms_norm(x, self.norm))
 
     def project(self, h: Tensor, w: SimpleNamespace, rotation, position: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ completion, position), so neither the batching nor the number of processes chang
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.decoder import CapturedStep, Decoder, prefill
@@ -23,33 +22,22 @@ def uniforms(seed: int, step: int, prompts: list[int], G: int, C: int) -> Tensor
     return torch.from_numpy(np.stack([np.random.default_rng(key).random(C) for key in keys]))
 
 
-def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds `uniform`: (n, V), (n,) -> (n,).
-
-    It finds a block of tokens, then a token of it, to keep the float64 sums short.
-    """
-    V, width = probs.shape[-1], 128  # of the vocabulary, of a block
-    blocks = F.pad(probs, (0, -V % width)).unflatten(-1, (-1, width))
-    starts = F.pad(blocks.sum(-1, dtype=torch.float64).cumsum(-1), (1, 0))
-    target = uniform[:, None] * starts[:, -1:]
-    block = (torch.searchsorted(starts, target, right=True) - 1).clamp(max=blocks.shape[1] - 1)
-    cdf = blocks.take_along_dim(block[:, :, None], 1).squeeze(1).cumsum(-1, dtype=torch.float64)
-    # rounding must not lead beyond the block's last token with a probability
-    target = (target - starts.gather(-1, block)).minimum(cdf[:, -1:] * (1 - 2**-53))
-    token = block * width + torch.searchsorted(cdf, target, right=True)
-    return token.squeeze(-1).clamp(max=V - 1)  # NaN would lead beyond the vocabulary
-
-
 def draw(logits: Tensor, temperature: float, uniform: Tensor, excluded: Tensor):
     """Draw a token per row: logits (n, V), uniform (n,) -> tokens and log-probabilities, (n,).
 
-    The log-probabilities are those of the full softmax, `excluded` tokens included, as in training.
+    A row's token is the first whose cumulative probability exceeds its uniform number. The
+    log-probabilities are those of the full softmax, `excluded` tokens included, as in training.
     Temperature 0 takes the likeliest token, and its log-probability at temperature 1.
     """
     logits = logits.float() / (temperature or 1.0)
     logps = torch.log_softmax(logits, -1)
     logits.index_fill_(-1, excluded, -torch.inf)
-    tokens = invert_cdf(torch.softmax(logits, -1), uniform) if temperature else logits.argmax(-1)
+    if temperature:  # float64, because float32 sums would swallow the unlikely tokens
+        cdf = torch.softmax(logits, -1).cumsum(-1, dtype=torch.float64)
+        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # NaN would lead beyond the vocabulary
+    else:
+        tokens = logits.argmax(-1)
     return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)
 
 

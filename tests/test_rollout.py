@@ -191,8 +191,8 @@ def test_draws_follow_a_softmax_computed_by_hand():
     torch.testing.assert_close(logps, torch.tensor([16 / 130]).log())  # 4² / (1 + 4 + 100 + 9 + 16)
 
 
-def test_drawing_in_two_steps_equals_one_cumulative_sum():
-    """A vocabulary of 152k tokens against NumPy, with tokens of probability zero."""
+def test_draws_from_a_vocabulary_of_152k_tokens_are_those_of_numpy():
+    """With tokens of probability zero, and the smallest and largest uniform number."""
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(64, 151_936, generator=generator)
     logits[:, ::3] = -torch.inf
