@@ -35,7 +35,8 @@ from core.qwen import Prompt, freeze_part
 from grpo import GRPOOptions, compute_gradients
 
 GB = 1e9
-VISUAL, TEXT = 512, 100  # tokens of a prompt: the paper's largest image and a question
+TEXT = 100  # tokens of a question
+VISUAL = {"2b": 512, "100m": 256}  # tokens of an image: the paper's largest; fewer to validate
 KINDS = (
     "weights", "gradients", "optimizer", "reference", "replica", "inputs", "bf16 copies",
     "activations", "temporaries",
@@ -54,10 +55,10 @@ RECIPES = [  # what differs from the paper's recipe
 ]
 
 
-def sampled(processor, options: GRPOOptions) -> tuple[Rollout, Tensor, Tensor]:
+def sampled(size: str, processor, options: GRPOOptions) -> tuple[Rollout, Tensor, Tensor]:
     """A rollout whose completions all have the greatest length, its advantages and weights."""
     B, G, C = options.prompts_per_update, options.num_generations, options.max_completion_length
-    inputs = prompts(processor, B, VISUAL, TEXT)
+    inputs = prompts(processor, B, VISUAL[size], TEXT)
     ids, logps = torch.full((B * G, C), 300), torch.zeros(B * G, C)
     truncated = torch.ones(B * G, dtype=torch.bool)
     asked = [Prompt({}, "", one) for one in inputs]
@@ -126,7 +127,7 @@ def run_update(size: str, options: GRPOOptions, world: Simulation | Allocator) -
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         guarded_step(0.0, 1)
-        rollout, advantages, weights = sampled(processor, options)
+        rollout, advantages, weights = sampled(size, processor, options)
         with world.phase("rollout"):
             encoded = [prompt.inputs for prompt in rollout.prompts]
             sample_once(sampler.model, processor.collate(encoded), options, world)
