@@ -21,7 +21,8 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VL
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from core.packing import to_device  # noqa: E402, F401
+from accelerate.utils import send_to_device as to_device  # noqa: E402, F401
+
 from core.qwen import Processor  # noqa: E402
 from toy.base_model import build_model as build_toy  # noqa: E402
 from toy.base_model import build_tokenizer  # noqa: E402

@@ -16,7 +16,6 @@ import os
 import sys
 from collections import Counter
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -36,7 +35,8 @@ from core.qwen import Prompt, freeze_part
 from grpo import GRPOOptions, compute_gradients
 
 GB = 1e9
-VISUAL, TEXT = 512, 100  # tokens of a prompt: the paper's largest image and a question
+TEXT = 100  # tokens of a question
+VISUAL = {"2b": 512, "100m": 256}  # tokens of an image: the paper's largest; fewer to validate
 KINDS = (
     "weights", "gradients", "optimizer", "reference", "replica", "inputs", "bf16 copies",
     "activations", "temporaries",
@@ -55,10 +55,10 @@ RECIPES = [  # what differs from the paper's recipe
 ]
 
 
-def sampled(processor, options: GRPOOptions) -> tuple[Rollout, Tensor, Tensor]:
+def sampled(size: str, processor, options: GRPOOptions) -> tuple[Rollout, Tensor, Tensor]:
     """A rollout whose completions all have the greatest length, its advantages and weights."""
     B, G, C = options.prompts_per_update, options.num_generations, options.max_completion_length
-    inputs = prompts(processor, B, VISUAL, TEXT)
+    inputs = prompts(processor, B, VISUAL[size], TEXT)
     ids, logps = torch.full((B * G, C), 300), torch.zeros(B * G, C)
     truncated = torch.ones(B * G, dtype=torch.bool)
     asked = [Prompt({}, "", one) for one in inputs]
@@ -77,7 +77,7 @@ def sample_once(model, prompt_inputs: dict, options: GRPOOptions, world) -> None
     with world.make("temporaries"):
         decoder = Decoder(model, cache, prompt_inputs["attention_mask"], start, G, C)
         drawing = core.rollout.SamplingState(model, decoder, uniform, 1.0)
-        drawing.draw(decoder.rows, decoder.logits(hidden).repeat_interleave(G, 0))
+        drawing.draw(decoder.rows, model.lm_head(hidden).repeat_interleave(G, 0))
         drawing.step(B * G, C)
 
 
@@ -117,27 +117,30 @@ def set_up(size: str, options: GRPOOptions, world: Simulation | Allocator):
     return accelerator, processor, sampler, reference, policy, optimizer
 
 
-def run_updates(size: str, options: GRPOOptions, world: Simulation | Allocator) -> tuple:
-    """Two updates, because the first has no optimizer state yet. Returns what is alive then."""
+def run_update(size: str, options: GRPOOptions, world: Simulation | Allocator) -> tuple:
+    """An update that is not the run's first. Returns what is alive then."""
     with world.running():
         parts = set_up(size, options, world)
         accelerator, processor, sampler, reference, policy, optimizer = parts
         guarded_step = GuardedStep(policy, optimizer, options, accelerator)
-        rollout, advantages, weights = sampled(processor, options)
-        pack = partial(
-            make_micro_batches, sampler.model, reference, processor, options, accelerator
-        )
-        encoded = [prompt.inputs for prompt in rollout.prompts]
-        for step in (1, 2):
-            with world.phase("rollout"):
-                sample_once(sampler.model, processor.collate(encoded), options, world)
-            with world.phase("reference"):
-                batches = pack(rollout, advantages, weights)
-            # All groups have the same size, so two micro-batches need what any number would.
-            loss = compute_gradients(policy, batches[:2], options, accelerator)["loss"]
-            guarded_step(loss, step)
-            with world.phase("refresh"):
-                sampler.refresh(policy)
+        for group in optimizer.param_groups:  # the first update makes the optimizer's state
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        guarded_step(0.0, 1)
+        rollout, advantages, weights = sampled(size, processor, options)
+        with world.phase("rollout"):
+            encoded = [prompt.inputs for prompt in rollout.prompts]
+            sample_once(sampler.model, processor.collate(encoded), options, world)
+        with world.phase("reference"):
+            models = sampler.model, reference
+            batches = make_micro_batches(
+                *models, processor, options, accelerator, rollout, advantages, weights
+            )
+        # All groups have the same size, so two micro-batches need what any number would.
+        loss = compute_gradients(policy, batches[:2], options, accelerator)["loss"]
+        guarded_step(loss, 2)
+        with world.phase("refresh"):
+            sampler.refresh(policy)
     return parts, batches
 
 
@@ -152,7 +155,7 @@ def peaks_of(size: str, flags: str, world: Simulation | Allocator) -> dict[str, 
     receiver, sender = context.Pipe(duplex=False)
 
     def child() -> None:
-        _alive = run_updates(size, options, world)
+        _alive = run_update(size, options, world)
         sender.send({phase: world.peaks[phase] for phase in PHASES})
         os._exit(0)
 

@@ -6,19 +6,18 @@ each phase, by kind where they are simulated.
 """
 
 import contextlib
-import dataclasses
+import weakref
 from collections import Counter
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from transformers.utils import import_utils
 
-from core.packing import Packed
+from core import packing
 
 aten = torch.ops.aten
 BLOCK = 512  # bytes; CUDA's allocator deals in multiples
@@ -35,21 +34,26 @@ class Simulation(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.making: str | None = None  # kind of everything that is made; None: autograd decides
         self.in_backward = self.nested = False
-        self.storages: dict[int, tuple[str, int, StorageWeakRef]] = {}  # kind and size
+        self.storages: dict[int, tuple[str, int]] = {}  # kind and size
         self.live: Counter[str] = Counter()
         self.peaks: dict[str, Counter] = {}
         self.phase_name = "set-up"
 
     @contextlib.contextmanager
     def running(self):
-        def move(packed: Packed, _) -> Packed:
-            return dataclasses.replace(packed, **tree_map_only(Tensor, self.move, vars(packed)))
+        def send_to_device(x, device, skip_keys, **more):
+            if isinstance(x, Tensor):
+                return self.move(x)
+            if isinstance(x, tuple):
+                return tuple(send_to_device(item, device, skip_keys) for item in x)
+            items = x.items()
+            return {k: v if k == skip_keys else self.move(v) for k, v in items}
 
         with contextlib.ExitStack() as stack:
             for owner, name, replacement in (
                 (import_utils, "is_fake_tensor", lambda _: False),  # nothing is being compiled
                 (nn.Module, "to", lambda module, *_, **__: module),  # would swap fake tensors
-                (Packed, "to", move),
+                (packing, "send_to_device", send_to_device),
             ):
                 stack.enter_context(mock.patch.object(owner, name, replacement))
             with self:
@@ -88,27 +92,26 @@ class Simulation(FakeTensorMode):
         storage = x.untyped_storage()
         key, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
         if key not in self.storages:
-            self.storages[key] = kind, size, StorageWeakRef(storage)
+            self.storages[key] = kind, size
             self.live[kind] += size
+            weakref.finalize(storage, self.end, key)  # also if only autograd still holds it
             self.see(replaced)
+
+    def end(self, key: int) -> None:
+        kind, size = self.storages.pop(key)
+        self.live[kind] -= size
 
     def see(self, replaced: int = 0) -> None:
         """Compare the live bytes with the peak of this phase."""
-        peak = self.peaks.get(self.phase_name, Counter()).total()
-        if self.live.total() - replaced <= peak:
-            return  # what has ended since the last look can only lower it
-        for key in [key for key, (_, _, ref) in self.storages.items() if ref.expired()]:
-            kind, size, _ = self.storages.pop(key)
-            self.live[kind] -= size
-        if self.live.total() - replaced > peak:
+        if self.live.total() - replaced > self.peaks.get(self.phase_name, Counter()).total():
             self.peaks[self.phase_name] = self.live - Counter(temporaries=replaced)
 
     def relabel(self, x: FakeTensor, kind: str) -> None:
         key = x.untyped_storage()._cdata
-        before, size, reference = self.storages[key]
+        before, size = self.storages[key]
         self.live[before] -= size
         self.live[kind] += size
-        self.storages[key] = kind, size, reference
+        self.storages[key] = kind, size
 
     # --- what a program says ---
 
@@ -141,7 +144,10 @@ class Simulation(FakeTensorMode):
 
 
 class Allocator:
-    """The bytes that the CPU's allocator holds, as a profiler records them."""
+    """The bytes that the CPU's allocator holds, as a profiler records them.
+
+    Matrix products are allocated and not computed, because in bf16 they would take hours on a CPU.
+    """
 
     def __init__(self):
         self.peaks: dict[str, Counter] = {}
@@ -149,6 +155,13 @@ class Allocator:
 
     @contextlib.contextmanager
     def running(self):
+        def product(*factors: Tensor, **_) -> Tensor:
+            a, b = factors[-2:]  # addmm and baddbmm have another argument before
+            return a.new_zeros(*a.shape[:-1], b.shape[-1])
+
+        library = torch.library.Library("aten", "IMPL")
+        for name in ("mm", "addmm", "bmm", "baddbmm"):
+            library.impl(name, product, "CPU")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield
         live, phase, end = 0, "set-up", 0

@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from core.packing import get_positions
+
 
 def prefill(model: nn.Module, prompt_inputs: dict) -> tuple[Tensor, DynamicCache, Tensor]:
     """Run the prompts and their images through the unmodified model.
 
     Returns the last hidden state (B, H), the cache, and the position of the first new token (B,).
     """
-    positions, _ = model.model.get_rope_index(
-        **{name: x for name, x in prompt_inputs.items() if name != "pixel_values"}
-    )  # (3, B, P)
+    positions, start = get_positions(model, prompt_inputs)
     cache = DynamicCache(config=model.config.get_text_config())
     training = [module for module in model.modules() if module.training]
     model.eval()  # with gradient checkpointing, a model in training mode drops its cache
@@ -38,34 +38,31 @@ def prefill(model: nn.Module, prompt_inputs: dict) -> tuple[Tensor, DynamicCache
     finally:
         for module in training:
             module.training = True
-    positions = positions * prompt_inputs["attention_mask"]  # those of the padding are arbitrary
-    return output.last_hidden_state[:, -1], cache, positions.amax((0, 2)) + 1
+    return output.last_hidden_state[:, -1], cache, start
 
 
 def prepare_layer(layer: nn.Module, cache, own_keys: Tensor, own_values: Tensor):
-    """The weights, keys and values of one decoder layer, in the dtype of `own_values`."""
-    attention, mlp, dtype = layer.self_attn, layer.mlp, own_values.dtype
+    """The weights, keys and values of one decoder layer."""
+    attention = layer.self_attn
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    qkv_bias, qk_norm = None, None
-    if attention.q_proj.bias is not None:
-        qkv_bias = torch.cat([projection.bias for projection in projections]).to(dtype)
-    if hasattr(attention, "q_norm"):  # Qwen3-VL
-        K = own_keys.shape[1]
-        norms = [attention.q_norm.weight] * (K * attention.num_key_value_groups)
-        qk_norm = torch.stack(norms + [attention.k_norm.weight] * K)
+    qk_norm = None
+    if hasattr(attention, "q_norm"):  # Qwen3-VL, which has no biases
+        K, R = own_keys.shape[1], attention.num_key_value_groups
+        norms = attention.q_norm.weight.expand(K * R, -1), attention.k_norm.weight.expand(K, -1)
+        qk_norm = torch.cat(norms)
     return SimpleNamespace(
         attention_norm=layer.input_layernorm.weight,  # (H,)
-        qkv=torch.cat([projection.weight for projection in projections]).to(dtype),
-        qkv_bias=qkv_bias,
+        qkv=torch.cat([projection.weight for projection in projections]),
+        qkv_bias=torch.cat([p.bias for p in projections]) if qk_norm is None else None,
         qk_norm=qk_norm,  # (K*R + K, D)
-        out=attention.o_proj.weight.to(dtype),
+        out=attention.o_proj.weight,
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate=mlp.gate_proj.weight.to(dtype),
-        up=mlp.up_proj.weight.to(dtype),
-        down=mlp.down_proj.weight.to(dtype),
+        gate=layer.mlp.gate_proj.weight,
+        up=layer.mlp.up_proj.weight,
+        down=layer.mlp.down_proj.weight,
         # Keys stay in float32: bfloat16 scores would be wrong by up to 1/256 of their size.
         prompt_keys=cache.keys.float().flatten(0, 1),  # (B*K, P, D)
-        prompt_values=cache.values.to(dtype).flatten(0, 1),
+        prompt_values=cache.values.flatten(0, 1),
         own_keys=own_keys,  # (N, K, C, D)
         own_values=own_values,
     )
@@ -84,16 +81,13 @@ class Decoder:
         attention, self.eps = language.layers[0].self_attn, language.config.rms_norm_eps
         self.K, self.R = language.config.num_key_value_heads, attention.num_key_value_groups
         self.B, self.G, self.D = len(start), G, attention.head_dim
-        self.dtype = model.lm_head.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            self.dtype = torch.get_autocast_dtype(device.type)
         self.embedding, self.norm = language.embed_tokens.weight, language.norm.weight
-        self.head = model.lm_head.weight.to(self.dtype)
+        self.lm_head = model.lm_head
 
         # zeros, because masked positions are read too and 0 * NaN is NaN
         shape = (len(language.layers), N, self.K, C, self.D)
         self.own_keys = torch.zeros(shape, device=device)
-        self.own_values = torch.zeros(shape, dtype=self.dtype, device=device)
+        self.own_values = torch.zeros(shape, dtype=self.embedding.dtype, device=device)
         parts = zip(language.layers, cache.layers, self.own_keys, self.own_values, strict=True)
         self.layers = [prepare_layer(*part) for part in parts]
         prompt_mask = torch.where(prompt_mask.bool(), 0.0, -torch.inf)
@@ -113,11 +107,8 @@ class Decoder:
         places = torch.arange(N * self.K, device=device).view(self.B, self.K, G)
         self.places = places.transpose(1, 2).reshape(N, self.K)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden.to(self.dtype), self.head)
-
-    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], weight, self.eps).to(self.dtype)
+    def rms_norm(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
 
     def step(self, tokens: Tensor, position: Tensor, S: int) -> Tensor:
         """Read own token `position` (1,) < S of the first n slots, (n,); return logits (n, V)."""
@@ -134,7 +125,7 @@ class Decoder:
             x = x + F.linear(self.attend(q, w, own_mask, to_slot, to_group), w.out)
             h = self.rms_norm(x, w.mlp_norm)
             x = x + F.linear(F.silu(F.linear(h, w.gate)) * F.linear(h, w.up), w.down)
-        return self.logits(self.rms_norm(x, self.norm))
+        return self.lm_head(self.rms_norm(x, self.norm))
 
     def project(self, h: Tensor, w: SimpleNamespace, rotation, position: Tensor) -> Tensor:
         """Store a token's key and value in each slot; return its queries: (n, H) -> (n*K, R, D)."""
@@ -142,9 +133,8 @@ class Decoder:
         qkv = F.linear(h, w.qkv, w.qkv_bias).view(n, -1, self.D)
         qk, v = qkv[:, : heads + self.K], qkv[:, heads + self.K :]
         if w.qk_norm is not None:
-            qk = F.rms_norm(qk, (self.D,), eps=self.eps) * w.qk_norm
-        qk = torch.addcmul(qk * cos, qk.roll(self.D // 2, -1), sin)
-        qk = qk.to(self.dtype).float()  # rounded as the library rounds them
+            qk = self.rms_norm(qk) * w.qk_norm
+        qk = torch.addcmul(qk * cos, qk.roll(self.D // 2, -1), sin).float()
         w.own_keys[:n].index_copy_(2, position, qk[:, heads:, None])
         w.own_values[:n].index_copy_(2, position, v[:, :, None])
         return qk[:, :heads].reshape(n * self.K, self.R, self.D)
@@ -167,7 +157,7 @@ class Decoder:
         own_values = w.own_values[:n, :, :S].flatten(0, 1)
         scores = torch.baddbmm(self.prompt_mask, by_group(q), w.prompt_keys.mT, alpha=scale)
         own_scores = torch.baddbmm(own_mask, q, own_keys.mT, alpha=scale)
-        probs = torch.softmax(torch.cat([by_slot(scores), own_scores], -1), -1).to(self.dtype)
+        probs = torch.softmax(torch.cat([by_slot(scores), own_scores], -1), -1).to(own_values.dtype)
         from_prompt = by_slot(torch.bmm(by_group(probs)[..., :P], w.prompt_values))
         return torch.baddbmm(from_prompt, probs[..., P:], own_values).view(n, -1)
 

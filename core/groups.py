@@ -64,32 +64,25 @@ def rollout_metrics(
     rollout: Rollout, rewards: Tensor, totals: Tensor, options, accelerator: Accelerator
 ) -> dict[str, float]:
     """Means over all processes. `rewards` (B, G, R) and `totals` (B, G) are of all processes."""
+    own = {
+        "completions/mean_length": rollout.completion_mask.sum(-1),
+        "completions/clipped_ratio": rollout.truncated,
+        "completions/reflection": torch.tensor([reflects(text) for text in rollout.completions]),
+    }
+    means = torch.stack([values.float().mean() for values in own.values()])
+    means = accelerator.reduce(means.to(accelerator.device), "mean")
     equal = (totals == totals[:, :1]).all(1)
-    metrics = {
-        "reward": totals.mean().item(),
-        "reward_std": totals.std(1).mean().item(),
-        "frac_reward_zero_std": equal.float().mean().item(),
+    of_all = {
+        "reward": totals,
+        "reward_std": totals.std(1),
+        "frac_reward_zero_std": equal,
+        **{f"rewards/{name}": rewards[..., i] for i, name in enumerate(options.rewards)},
     }
-    for i, name in enumerate(options.rewards):
-        metrics[f"rewards/{name}"] = rewards[..., i].mean().item()
     if "accuracy" in options.rewards:
-        right = rewards[..., options.rewards.index("accuracy")] == 1  # (B, G)
-        metrics["groups/all_right"] = right.all(1).float().mean().item()
-        metrics["groups/all_wrong"] = (~right).all(1).float().mean().item()
-    reflecting = sum(map(reflects, rollout.completions))
-    sums = [
-        rollout.completion_mask.sum(),
-        rollout.truncated.sum(),
-        reflecting,
-        len(rollout.truncated),
-    ]
-    sums = accelerator.reduce(torch.tensor(sums, device=accelerator.device), "sum").tolist()
-    tokens, truncated, reflecting, completions = sums
-    return metrics | {
-        "completions/mean_length": tokens / completions,
-        "completions/clipped_ratio": truncated / completions,
-        "completions/reflection": reflecting / completions,
-    }
+        right = of_all["rewards/accuracy"] == 1  # (B, G)
+        of_all |= {"groups/all_right": right.all(1), "groups/all_wrong": (~right).all(1)}
+    metrics = {name: values.float().mean().item() for name, values in of_all.items()}
+    return metrics | dict(zip(own, means.tolist(), strict=True))
 
 
 def trained_tokens(rollout: Rollout, options, accelerator: Accelerator) -> tuple[Tensor, dict]:
@@ -107,17 +100,16 @@ def trained_tokens(rollout: Rollout, options, accelerator: Accelerator) -> tuple
 
 def rollout_records(rollout: Rollout, rewards: Tensor, advantages: Tensor, options) -> list[dict]:
     """The first groups as lines of rollouts.jsonl. `rewards` (b, G, R), `advantages` (b, G)."""
-    G, records = options.num_generations, []
-    for i, prompt in enumerate(rollout.prompts[: options.log_groups]):
-        named = {name: rewards[i, :, r].tolist() for r, name in enumerate(options.rewards)}
-        completions = rollout.completions[i * G : (i + 1) * G]
-        record = {
-            "completions": completions,
-            "rewards": named,
+    G = options.num_generations
+    return [
+        {
+            "prompt": prompt,
+            "completions": rollout.completions[i * G : (i + 1) * G],
+            "rewards": dict(zip(options.rewards, rewards[i].T.tolist(), strict=True)),
             "advantages": advantages[i].tolist(),
         }
-        records.append({"prompt": prompt, **record})
-    return records
+        for i, prompt in enumerate(rollout.prompts[: options.log_groups])
+    ]
 
 
 @dataclass
@@ -142,35 +134,24 @@ def make_micro_batches(
     advantages: Tensor,
     weights: Tensor,
 ) -> list[MicroBatch]:
-    """Pack the groups, similar lengths together. `advantages` (b, G), `weights` (b*G, C).
+    """Pack the groups, `options.prompts_per_forward` together, and ask the reference.
 
-    Without KL a group without advantage changes nothing, so it is left out. All processes make the
-    same number of micro-batches, because they meet in every backward pass: a process with fewer
-    repeats its last one with weights of 0.
+    `advantages` (b, G), `weights` (b*G, C). Without KL a group without advantage changes nothing,
+    so it is left out. All processes make the same number of micro-batches, because they meet in
+    every backward pass: a process with fewer repeats its last one with weights of 0.
     """
     G, device = options.num_generations, accelerator.device
-    lengths = rollout.completion_mask.sum(-1).view(-1, G)  # (b, G)
-    order = lengths.sum(-1).argsort(descending=True, stable=True).tolist()
-    used = [i for i in order if options.beta or advantages[i].any()] or order[-1:]
+    used = torch.arange(len(advantages))
+    if not options.beta:
+        used = advantages.any(1).nonzero().squeeze(-1) if advantages.any() else used[:1]
     batches = []
-    for chosen in torch.tensor(used).split(options.prompts_per_forward):
+    for chosen in used.split(options.prompts_per_forward):
         rows = (chosen[:, None] * G + torch.arange(G)).flatten()
-        longest = int(lengths[chosen].max())
-        ids, mask, logps, token_weights = (
-            x[rows, :longest]
-            for x in (
-                rollout.completion_ids,
-                rollout.completion_mask,
-                rollout.sampling_logps,
-                weights,
-            )
-        )
         inputs = processor.collate([rollout.prompts[i].inputs for i in chosen])
+        ids, mask = rollout.completion_ids[rows], rollout.completion_mask[rows]
+        token_tensors = weights, advantages.flatten(), rollout.sampling_logps
         batch = MicroBatch(
-            pack_groups(model, inputs, ids, mask),
-            token_weights.to(device),
-            advantages[chosen].flatten().to(device),
-            logps.to(device),
+            pack_groups(model, inputs, ids, mask), *(x[rows].to(device) for x in token_tensors)
         )
         if reference is not None:
             with torch.no_grad(), accelerator.autocast():

@@ -61,19 +61,16 @@ def whole_weights(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Every process must read all of them, because sharded weights are gathered one at a time.
     """
-    parameters = {
-        name.removeprefix("module.").removeprefix("model."): parameter  # of DDP, of Policy
-        for name, parameter in policy.named_parameters()
-    }
-    for name, parameter in parameters.items():
+    for name, parameter in policy.named_parameters():
         layer, _, own_name = name.rpartition(".")
+        module = policy.get_submodule(layer)
         if own_name in ("lora_A", "lora_B"):
             continue
         weight = whole(parameter)
-        if own_name == "weight" and f"{layer}.lora_A" in parameters:
-            A, B = whole(parameters[f"{layer}.lora_A"]), whole(parameters[f"{layer}.lora_B"])
-            weight = (weight.float() + SCALE * (B @ A)).to(weight.dtype)
-        yield name, weight
+        if own_name == "weight" and isinstance(module, LoraLinear):
+            change = SCALE * (whole(module.lora_B) @ whole(module.lora_A))
+            weight = (weight.float() + change).to(weight.dtype)
+        yield name.removeprefix("module.").removeprefix("model."), weight  # of DDP, of Policy
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -1,19 +1,20 @@
-"""A group as one sequence [ prompt | c1 | … | cG ]: the plan, the attention, the log-probabilities.
+"""Groups as one sequence [ prompts | completions ]: the plan, the attention, log-probabilities.
 
 All G completions of a group share the prompt, and with a vision-language model the prompt, mostly
-its image, is most of the tokens. A packed group holds the prompt once. Every completion attends to
-the prompt and to itself, and its positions start at the prompt's end, as if the other completions
-were not there. The result is exact. (Shared-prefix forward: Prefix Grouper, arXiv 2506.05433.)
+its image, is most of the tokens. A packed sequence holds each prompt once. Every completion attends
+to its prompt and to itself, and its positions start at the prompt's end, as if the other
+completions were not there. The result is exact. (Shared-prefix forward: Prefix Grouper, arXiv
+2506.05433.)
 
-Letters: B prompts, G completions per prompt, P prompt length, C completion length, T length of a
-packed sequence, N completion tokens of the batch, V vocabulary. Rows are prompt-major: b * G + g.
+Letters: B prompts, G completions per prompt, P prompt length, C completion length, T tokens of the
+packed sequence, N completion tokens among them, V vocabulary. Rows are prompt-major: b * G + g.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -32,39 +33,27 @@ LOGITS_AT_ONCE = 2**26  # logits held at a time: 256 MiB in float32, whatever th
 
 @dataclass
 class Packed:
-    """Packed groups, padded on the right, with every index that the forward pass needs."""
+    """Groups without padding in one sequence, and every index that the forward pass needs.
 
-    input_ids: Tensor  # (B, T)
-    position_ids: Tensor  # (3, B, T)
-    own: Tensor  # (B*G*C,) where in the flat (B*T) each completion token is
-    back: Tensor  # (B*T,) where in the flat (B, P + G*C) each packed token is
-    mask: Tensor  # (B*G, 1, C, P + C) what a completion token sees: its prompt, and itself so far
-    before: Tensor  # (N,) where in the flat (B*T) each completion token is predicted
+    The attention works on a padded grid: the flat (B, P) of the prompts, followed by the flat
+    (B, G, C) of the completions.
+    """
+
+    inputs: dict[str, Tensor]  # of the model: tokens, positions, mask, pixels
+    places: Tensor  # (B*P + B*G*C,) which token of the sequence is in each cell of the grid
+    cells: Tensor  # (T,) in which cell of the grid each token is
+    before: Tensor  # (N,) the token that predicts each completion token
     targets: Tensor  # (N,) the completion tokens
-    cells: Tensor  # (N,) where in the flat (B*G*C) they belong
-    images: dict[str, Tensor]  # pixel values and positions of their patches
-    grids: list[list[int]]  # (t, h, w) of each image
-    prompt_length: int  # P, of the longest prompt
-    shape: tuple[int, int, int]  # (B, G, C)
-
-    def to(self, device) -> "Packed":
-        moved = {name: to_device(value, device) for name, value in vars(self).items()}
-        return dataclasses.replace(self, **moved)
+    results: Tensor  # (N,) where their log-probabilities belong in the flat `shape`
+    shape: tuple[int, int, int]  # (B, G, C) as given
 
 
-def to_device(value, device):
-    """A tensor, or a dict of tensors, on the device. Anything else stays as it is."""
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
-def get_positions(model: nn.Module, prompt_inputs: dict) -> Tensor:
-    """The position of every prompt token on the three axes: (3, B, padded P)."""
-    names = ("input_ids", "mm_token_type_ids", "attention_mask")
-    inputs = {name: prompt_inputs[name] for name in names}
-    grids = prompt_inputs.get("image_grid_thw")
-    return model.model.get_rope_index(**inputs, image_grid_thw=grids)[0]
+def get_positions(model: nn.Module, prompt_inputs: dict) -> tuple[Tensor, Tensor]:
+    """Positions of the prompt tokens on three axes, (3, B, P), and of the token after them (B,)."""
+    inputs = {name: x for name, x in prompt_inputs.items() if name != "pixel_values"}
+    positions = model.model.get_rope_index(**inputs)[0]
+    positions = positions * prompt_inputs["attention_mask"]  # those of the padding are arbitrary
+    return positions, positions.amax((0, 2)) + 1
 
 
 def pack_groups(
@@ -77,56 +66,38 @@ def pack_groups(
     so that the forward pass never waits for the device.
     """
     use_packed_attention(model)
-    inputs = to_device(prompt_inputs, "cpu")
-    prompt_mask = inputs["attention_mask"].bool()
-    prompt_positions = get_positions(model, inputs)  # (3, B, padded P)
-    B, C = len(prompt_mask), completion_ids.shape[-1]
-    completion_ids = completion_ids.cpu().view(B, -1, C)
-    mask = completion_mask.cpu().view(B, -1, C).bool()
-    G, prompt_lengths, lengths = mask.shape[1], prompt_mask.sum(-1), mask.sum(-1)  # (B,), (B, G)
-    P, T = int(prompt_lengths.max()), int((prompt_lengths + lengths.sum(-1)).max())
+    inputs = {name: x.cpu() for name, x in prompt_inputs.items()}
+    prompt_mask = inputs["attention_mask"].bool()  # (B, P), padded on the left
+    positions, start = get_positions(model, inputs)
+    (B, P), given = prompt_mask.shape, completion_mask.shape[-1]
+    mask = completion_mask.cpu().bool().view(B, -1, given)
+    G, C = mask.shape[1], max(1, int(mask.sum(-1).max()))  # C of the longest
+    results = mask.flatten().nonzero().squeeze(-1)
+    completion_ids, mask = completion_ids.cpu().view(B, G, given)[..., :C], mask[..., :C]
 
-    group = torch.arange(B)[:, None]
-    prompt_cells = torch.arange(P).expand(B, P)
-    prompt_seen = prompt_cells < prompt_lengths[:, None]  # (B, P)
-    packed_prompt = (group * T + prompt_cells)[prompt_seen]  # in the flat (B*T)
+    prompt_seen = torch.arange(P) < prompt_mask.sum(-1, keepdim=True)  # (B, P), padded on the right
+    in_grid = torch.cat([prompt_seen.flatten(), mask.flatten()])
+    places = in_grid.cumsum(0) - 1  # a padded cell repeats the token before it
+    last_of_prompt = places[: B * P].view(B, P)[:, -1, None, None].expand(B, G, 1)
+    own = places[B * P :].view(B, G, C)
+    before = torch.cat([last_of_prompt, own[..., :-1]], -1)  # (B, G, C)
 
-    offset = torch.arange(C)
-    starts = prompt_lengths[:, None] + lengths.cumsum(-1) - lengths  # (B, G)
-    own = group[..., None] * T + starts[..., None] + offset  # (B, G, C)
-    last_of_prompt = (group[..., None] * T + prompt_lengths[:, None, None] - 1).expand_as(own)
-    before = torch.where(offset == 0, last_of_prompt, own - 1)
-
-    input_ids = torch.zeros(B * T, dtype=torch.long)
-    input_ids[packed_prompt] = inputs["input_ids"][prompt_mask]
-    input_ids[own[mask]] = completion_ids[mask]
-
-    position_ids = torch.zeros(3, B * T, dtype=torch.long)
-    position_ids[:, packed_prompt] = prompt_positions[:, prompt_mask]
-    ends = prompt_positions.masked_fill(~prompt_mask, 0).amax((0, 2))  # (B,)
-    position_ids[:, own[mask]] = (ends[:, None, None] + 1 + offset).expand_as(own)[mask]
-
-    back = (group * (P + G * C)).expand(B, T).flatten().clone()  # padding repeats the first token
-    back[packed_prompt] = (group * (P + G * C) + prompt_cells)[prompt_seen]
-    cells = torch.arange(G * C).view(G, C)
-    back[own[mask]] = (group[..., None] * (P + G * C) + P + cells)[mask]
-
+    own_positions = (start[:, None, None] + torch.arange(C)).expand(B, G, C)[mask]  # (N,)
+    own_positions = own_positions.expand(3, -1)  # the same on all axes
     seen_prompt = prompt_seen[:, None, None].expand(B, G, C, P)
-    seen_itself = (offset <= offset[:, None]).expand(B, G, C, C)
-    return Packed(
-        input_ids=input_ids.view(B, T),
-        position_ids=position_ids.view(3, B, T),
-        own=torch.where(mask, own, group[..., None] * T).flatten(),
-        back=back,
-        mask=torch.cat([seen_prompt, seen_itself], -1).flatten(0, 1)[:, None],
-        before=before[mask],
-        targets=completion_ids[mask],
-        cells=(group[..., None] * G * C + cells)[mask],
-        images=plan_images(model, inputs),
-        grids=inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else [],
-        prompt_length=P,
-        shape=(B, G, C),
-    ).to(model.device)
+    seen_itself = torch.ones(C, C, dtype=torch.bool).tril().expand(B, G, C, C)
+    model_inputs = {
+        "input_ids": torch.cat([inputs["input_ids"][prompt_mask], completion_ids[mask]])[None],
+        "position_ids": torch.cat([positions[:, prompt_mask], own_positions], 1)[:, None],
+        # what a completion token sees: its prompt, and itself so far; (B*G, 1, C, P + C)
+        "attention_mask": torch.cat([seen_prompt, seen_itself], -1).flatten(0, 1)[:, None],
+        **plan_images(model, inputs),
+    }
+    cells, targets = in_grid.nonzero().squeeze(-1), completion_ids[mask]
+    plan = model_inputs, places, cells, before[mask], targets, results
+    # The library reads the grids of the images on the host, so they stay there.
+    plan = send_to_device(plan, model.device, non_blocking=True, skip_keys="image_grid_thw")
+    return Packed(*plan, shape=(B, G, given))
 
 
 def plan_images(model: nn.Module, prompt_inputs: dict) -> dict[str, Tensor]:
@@ -134,8 +105,8 @@ def plan_images(model: nn.Module, prompt_inputs: dict) -> dict[str, Tensor]:
     if "pixel_values" not in prompt_inputs:
         return {}
     tower, grid = model.model.visual, prompt_inputs["image_grid_thw"]
-    positions = get_vision_position_ids(grid, tower.spatial_merge_size)
-    plan = {"pixel_values": prompt_inputs["pixel_values"], "image_position_ids": positions}
+    plan = {name: prompt_inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    plan["image_position_ids"] = get_vision_position_ids(grid, tower.spatial_merge_size)
     if hasattr(tower, "num_grid_per_side"):  # Qwen3-VL interpolates learned positions
         plan["image_interp_indices"], plan["image_interp_weights"] = (
             get_vision_interpolation_indices_and_weights(
@@ -153,7 +124,7 @@ def plan_images(model: nn.Module, prompt_inputs: dict) -> dict[str, Tensor]:
 
 
 def packed_attention(module, query, key, value, attention_mask, packed=None, **kwargs):
-    """Attention of packed groups, (B, heads, T, D) -> (B, T, heads, D). Without `packed`, sdpa.
+    """Attention of packed groups, (1, heads, T, D) -> (1, T, heads, D). Without `packed`, sdpa.
 
     The prompts attend to themselves. Then every completion attends to its prompt and to itself, as
     rows (B*G, heads, C, D) by (P + C). A dense mask over T x T would compute the scores between
@@ -161,26 +132,28 @@ def packed_attention(module, query, key, value, attention_mask, packed=None, **k
     """
     if packed is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    (B, G, _), (rows, _, C, _) = packed.shape, attention_mask.shape
     # Under autocast the rotary embedding leaves queries and keys in float32.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    (B, G, _), T, P = packed.shape, query.shape[2], packed.prompt_length
 
-    def own(x: Tensor) -> Tensor:  # (B, heads, T, D) -> (B*G, heads, C, D)
-        x = x.transpose(1, 2).flatten(0, 1).index_select(0, packed.own)
-        return x.unflatten(0, (B * G, -1)).transpose(1, 2)
+    def in_grid(x: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, heads, T, D) -> prompts (B, heads, P, D) and completions (B*G, heads, C, D)."""
+        x = x[0].transpose(0, 1).index_select(0, packed.places)
+        prompts, completions = x[: -rows * C].unflatten(0, (B, -1)), x[-rows * C :]
+        return prompts.transpose(1, 2), completions.unflatten(0, (rows, C)).transpose(1, 2)
 
-    def seen(x: Tensor) -> Tensor:  # (B, heads, T, D) -> (B*G, heads, P + C, D)
-        return torch.cat([x[:, :, :P].repeat_interleave(G, 0), own(x)], dim=2)
-
-    # The first P tokens of a group with a shorter prompt include completion tokens. They cannot
-    # change the prompt, which is causal and comes first. Their own results are dropped by `back`,
-    # and the mask hides them from the completions.
-    first = (x[:, :, :P] for x in (query, key, value))
-    prompts, _ = sdpa_attention_forward(module, *first, None, **kwargs)  # (B, P, heads, D)
-    rows = (own(query), seen(key), seen(value), packed.mask)
-    completions, _ = sdpa_attention_forward(module, *rows, **kwargs)  # (B*G, C, heads, D)
-    both = torch.cat([prompts, completions.reshape(B, -1, *prompts.shape[2:])], dim=1)
-    return both.flatten(0, 1).index_select(0, packed.back).unflatten(0, (B, T)), None
+    (prompt_query, query), (prompt_key, key), (prompt_value, value) = map(
+        in_grid, (query, key, value)
+    )
+    key = torch.cat([prompt_key.repeat_interleave(G, 0), key], dim=2)
+    value = torch.cat([prompt_value.repeat_interleave(G, 0), value], dim=2)
+    # The padding of a prompt comes last, so causal attention hides it from the prompt.
+    prompts = prompt_query, prompt_key, prompt_value, None
+    prompts, _ = sdpa_attention_forward(module, *prompts, **kwargs)  # (B, P, heads, D)
+    completions = query, key, value, attention_mask
+    completions, _ = sdpa_attention_forward(module, *completions, **kwargs)  # (B*G, C, heads, D)
+    grid = torch.cat([prompts.flatten(0, 1), completions.flatten(0, 1)])
+    return grid.index_select(0, packed.cells)[None], None
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -213,10 +186,9 @@ def token_logps(
 
     size = max(1, LOGITS_AT_ONCE // lm_head.weight.shape[0])
     pieces = list(zip(hidden.split(size), targets.split(size), strict=True))
-    if len(pieces) == 1 or not torch.is_grad_enabled():
-        parts = [chunk(*piece) for piece in pieces]
-    else:
-        parts = [checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces]
+    if len(pieces) == 1:  # nothing to save
+        return chunk(*pieces[0])
+    parts = [checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces]
     logps, entropies = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(entropies)
 
@@ -229,24 +201,12 @@ def group_logps(
     Float32, zero where there is no token. `with_entropy` adds the entropy of the distribution that
     each token was drawn from, in nats, (B, G, C), without gradient.
     """
-    # The library reads the grids on the host, so they stay there.
-    grids = {"image_grid_thw": torch.tensor(packed.grids)} if packed.grids else {}
-    hidden = model.model(
-        input_ids=packed.input_ids,
-        attention_mask=packed.mask,  # four-dimensional, so that the library makes none of its own
-        position_ids=packed.position_ids,
-        use_cache=False,
-        packed=packed,
-        **packed.images,
-        **grids,
-    ).last_hidden_state  # (B, T, H)
-    hidden = hidden.flatten(0, 1)[packed.before]  # (N, H)
-    logps, entropy = token_logps(model.lm_head, hidden, packed.targets, temperature)
-    zeros = torch.zeros(math.prod(packed.shape), dtype=logps.dtype, device=logps.device)
-    per_token_logps = zeros.index_copy(0, packed.cells, logps).view(packed.shape)
-    if with_entropy:
-        return per_token_logps, zeros.index_copy(0, packed.cells, entropy).view(packed.shape)
-    return per_token_logps
+    hidden = model.model(**packed.inputs, use_cache=False, packed=packed).last_hidden_state[0]
+    hidden = hidden[packed.before]  # (N, H)
+    both = token_logps(model.lm_head, hidden, packed.targets, temperature)
+    zeros = torch.zeros(math.prod(packed.shape), device=hidden.device)
+    logps, entropy = (zeros.index_copy(0, packed.results, x).view(packed.shape) for x in both)
+    return (logps, entropy) if with_entropy else logps
 
 
 class Policy(nn.Module):

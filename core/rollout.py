@@ -8,7 +8,6 @@ completion, position), so neither the batching nor the number of processes chang
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.decoder import CapturedStep, Decoder, prefill
@@ -23,37 +22,22 @@ def uniforms(seed: int, step: int, prompts: list[int], G: int, C: int) -> Tensor
     return torch.from_numpy(np.stack([np.random.default_rng(key).random(C) for key in keys]))
 
 
-def invert_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds `uniform`: (n, V), (n,) -> (n,).
-
-    Large vocabularies are searched in two steps, block then token, to keep the float64 sums short.
-    """
-    V, width = probs.shape[-1], 128  # of the vocabulary, of a block
-    if V <= width**2:
-        cdf = probs.cumsum(-1, dtype=torch.float64)
-        token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
-    else:
-        blocks = F.pad(probs, (0, -V % width)).unflatten(-1, (-1, width))
-        starts = F.pad(blocks.sum(-1, dtype=torch.float64).cumsum(-1), (1, 0))
-        target = uniform[:, None] * starts[:, -1:]
-        block = (torch.searchsorted(starts, target, right=True) - 1).clamp(max=blocks.shape[1] - 1)
-        cdf = blocks.take_along_dim(block[:, :, None], 1).squeeze(1).cumsum(-1, dtype=torch.float64)
-        # rounding must not lead beyond the block's last token with a probability
-        target = (target - starts.gather(-1, block)).minimum(cdf[:, -1:] * (1 - 2**-53))
-        token = block * width + torch.searchsorted(cdf, target, right=True)
-    return token.squeeze(-1).clamp(max=V - 1)  # NaN would lead beyond the vocabulary
-
-
 def draw(logits: Tensor, temperature: float, uniform: Tensor, excluded: Tensor):
     """Draw a token per row: logits (n, V), uniform (n,) -> tokens and log-probabilities, (n,).
 
-    The log-probabilities are those of the full softmax, `excluded` tokens included, as in training.
+    A row's token is the first whose cumulative probability exceeds its uniform number. The
+    log-probabilities are those of the full softmax, `excluded` tokens included, as in training.
     Temperature 0 takes the likeliest token, and its log-probability at temperature 1.
     """
     logits = logits.float() / (temperature or 1.0)
     logps = torch.log_softmax(logits, -1)
     logits.index_fill_(-1, excluded, -torch.inf)
-    tokens = invert_cdf(torch.softmax(logits, -1), uniform) if temperature else logits.argmax(-1)
+    if temperature:  # float64, because float32 sums would swallow the unlikely tokens
+        cdf = torch.softmax(logits, -1).cumsum(-1, dtype=torch.float64)
+        tokens = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)  # NaN would lead beyond the vocabulary
+    else:
+        tokens = logits.argmax(-1)
     return tokens, logps.gather(-1, tokens[:, None]).squeeze(-1)
 
 
@@ -111,14 +95,14 @@ def sample(
     G, C, device = num_generations, max_completion_length, model.device
     prompt_inputs = {name: value.to(device) for name, value in prompt_inputs.items()}
 
-    hidden, cache, start = prefill(model, prompt_inputs)
-    uniform = uniforms(seed, step, prompts or range(len(start)), G, C).to(device)
-    decoder = Decoder(model, cache, prompt_inputs["attention_mask"], start, G, C)
-    state = SamplingState(model, decoder, uniform, temperature)
-    run_step = CapturedStep(state.step, *uniform.shape) if captured else state.step
-    check_every = 8 if captured else 1  # a check waits for the device
-    with torch.autocast(device.type, enabled=False):  # the decoder casts by itself
-        state.draw(decoder.rows, decoder.logits(hidden).repeat_interleave(G, 0))
+    with torch.autocast(device.type, enabled=False):  # the model's own precision
+        hidden, cache, start = prefill(model, prompt_inputs)
+        uniform = uniforms(seed, step, prompts or range(len(start)), G, C).to(device)
+        decoder = Decoder(model, cache, prompt_inputs["attention_mask"], start, G, C)
+        state = SamplingState(model, decoder, uniform, temperature)
+        run_step = CapturedStep(state.step, *uniform.shape) if captured else state.step
+        check_every = 8 if captured else 1  # a check waits for the device
+        state.draw(decoder.rows, model.lm_head(hidden).repeat_interleave(G, 0))
         for S in range(1, C):
             if S % check_every == 0 and decoder.keep(state.going, S) == 0:
                 break

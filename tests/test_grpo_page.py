@@ -24,6 +24,7 @@ FLAGS_OF = {  # as the page names them
     "kl-in-reward": "--beta 0.04 --scale_rewards none",
     "kl-k2": "--beta 0.04",
     "no-baseline": "",
+    "truncated-importance-sampling": "--precision bf16",
     "no-clip": "--num_iterations 2 --epsilon 0.001",  # small, so that three updates meet the clip
 }
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")

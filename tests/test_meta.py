@@ -19,6 +19,7 @@ from core.packing import Policy, pack_groups
 from grpo import grpo_loss
 
 G, C = 2, 5
+DEEPSTACK = Qwen3VLTextModel._deepstack_process
 
 
 def add_deepstack(self, hidden_states, visual_pos_masks, visual_embeds):
@@ -39,7 +40,8 @@ def without_the_waits_of_transformers(monkeypatch):
         return index.to("meta"), lengths
 
     monkeypatch.setattr(qwen2_5_vl, "get_vision_window_index", windows)
-    # Qwen3-VL adds features of its vision tower at hidden_states[visual_pos_masks], a nonzero.
+    # Qwen3-VL adds features of its vision tower at hidden_states[visual_pos_masks], a nonzero. The
+    # library makes that mask in the same forward pass, so no argument of ours can replace it.
     monkeypatch.setattr(Qwen3VLTextModel, "_deepstack_process", add_deepstack)
 
 
@@ -111,8 +113,14 @@ def test_each_of_these_faults_would_be_an_error(fault, error, message, monkeypat
         train_on_meta("qwen2_vl")
 
 
-def test_the_deepstack_of_these_tests_is_the_librarys(monkeypatch):
+def test_the_deepstack_of_these_tests_is_the_librarys():
     arguments = torch.randn(2, 3, 4), torch.tensor([[0, 1, 1], [1, 0, 0]]).bool(), torch.randn(3, 4)
-    ours = add_deepstack(None, *arguments)
-    monkeypatch.undo()
-    assert torch.equal(ours, Qwen3VLTextModel._deepstack_process(None, *arguments))
+    assert torch.equal(add_deepstack(None, *arguments), DEEPSTACK(None, *arguments))
+
+
+def test_the_librarys_deepstack_is_where_qwen3_vl_waits(monkeypatch):
+    monkeypatch.setattr(Qwen3VLTextModel, "_deepstack_process", DEEPSTACK)
+    with pytest.raises(NotImplementedError, match="nonzero") as error:
+        train_on_meta("qwen3_vl")
+    calls = [call.name for call in error.traceback if call.path.name == "modeling_qwen3_vl.py"]
+    assert calls[-1] == "_deepstack_process"

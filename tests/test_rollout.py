@@ -191,8 +191,8 @@ def test_draws_follow_a_softmax_computed_by_hand():
     torch.testing.assert_close(logps, torch.tensor([16 / 130]).log())  # 4² / (1 + 4 + 100 + 9 + 16)
 
 
-def test_drawing_in_two_steps_equals_one_cumulative_sum():
-    """A vocabulary of 152k tokens against NumPy, with tokens of probability zero."""
+def test_draws_from_a_vocabulary_of_152k_tokens_are_those_of_numpy():
+    """With tokens of probability zero, and the smallest and largest uniform number."""
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(64, 151_936, generator=generator)
     logits[:, ::3] = -torch.inf
@@ -262,8 +262,8 @@ def test_attention_is_accurate_in_bfloat16_where_keys_share_a_large_offset():
     """Within 0.5 % of float64; scores rounded to bfloat16 would be wrong by up to a half."""
     model, processor = tiny_model("qwen2_vl")
     inputs, G, K, R, D, S = prompt(random_batch(processor), 0, (1,)), 3, 2, 2, 12, 8
-    _, cache, start = prefill(model, inputs)
-    decoder = rollout.Decoder(model.bfloat16(), cache, inputs["attention_mask"], start, G, S)
+    _, cache, start = prefill(model.bfloat16(), inputs)
+    decoder = rollout.Decoder(model, cache, inputs["attention_mask"], start, G, S)
     w, to_slot = decoder.layers[0], decoder.places.flatten()
     generator = torch.Generator().manual_seed(0)
     for memory in (w.prompt_values, w.own_values, w.prompt_keys, w.own_keys):
