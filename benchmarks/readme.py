@@ -144,6 +144,39 @@ def keep_roads() -> None:
         (KEPT / "roads.json").write_text(json.dumps(roads, indent=1) + "\n")
 
 
+def easy_vqa_table() -> str:
+    """Held-out greedy accuracy before and after GRPO, from the runs of docs/data.md."""
+    lines = [
+        "| seed | held-out accuracy, greedy | length | seconds in updates: cold start, GRPO |",
+        "|---|---|---|---|",
+    ]
+    for seed, run in json.loads((KEPT / "easy-vqa.json").read_text()).items():
+        accuracy, length = (f"{a:.2f} → {b:.2f}" for a, b in (run["accuracy"], run["length"]))
+        seconds = ", ".join(f"{s:.0f}" for s in run["seconds"])
+        lines.append(f"| {seed} | {accuracy} | {length} | {seconds} |")
+    return "\n".join(lines)
+
+
+def keep_easy_vqa() -> None:
+    """Copy what the table needs from outputs/easy-vqa-<seed>-{sft,grpo} to assets/demo/."""
+    kept = {}
+    for seed in (0, 1):
+        folders = [ROOT / "outputs" / f"easy-vqa-{seed}-{stage}" for stage in ("sft", "grpo")]
+        if all((folder / "final").exists() for folder in folders):
+            sft, grpo = (list(map(json.loads, open(f / "metrics.jsonl"))) for f in folders)
+            scores = [line for line in grpo if "eval/accuracy" in line]
+            kept[seed] = {
+                "accuracy": [line["eval/accuracy"] for line in (scores[0], scores[-1])],
+                "length": [line["eval/completion_length"] for line in (scores[0], scores[-1])],
+                "seconds": [
+                    sum(v for line in run for k, v in line.items() if k.startswith("seconds/"))
+                    for run in (sft, grpo)
+                ],
+            }
+    if kept:
+        (KEPT / "easy-vqa.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def flag_table() -> str:
     """Every flag of grpo.py, with the values of both recipes."""
     lines = ["| flag | toy | paper | what it does |", "|---|---|---|---|"]
@@ -159,6 +192,7 @@ TABLES = {
     "demo": demo_table,
     "loss types": loss_type_table,
     "roads": roads_table,
+    "easy-vqa": easy_vqa_table,
     "flags": flag_table,
 }
 
@@ -181,6 +215,7 @@ def main() -> None:
             for seed in seeds:
                 train(loss_type, seed)
         keep_roads()
+        keep_easy_vqa()
     runs = [report.read_run(KEPT / f"grpo-{seed}") for seed in SEEDS["dapo"]]
     report.figure({"grpo": runs}).savefig(ROOT / "assets" / "demo.png", dpi=120)
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):

@@ -31,7 +31,7 @@ OF_OTHER_TOOLS = set(  # accelerate launch, pip, git
 WRITTEN = set(  # by a run, an evaluation or the reader
     "config.json metrics.jsonl rollouts.jsonl responses.jsonl scores.json eval_config.json "
     "run_config.json report.html report.png mine.py run.yaml my.jsonl train.jsonl "
-    "test.jsonl".split()
+    "test.jsonl traces.jsonl".split()
 )
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
