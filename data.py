@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from core import files
-from core.options import UserError
+from core.errors import UserError
 from rewards import is_correct, stated_option
 from toy.world import ToyRows
 

@@ -23,7 +23,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from core.options import UserError
+from core.errors import UserError
 from rewards import REFLECTION_PHRASES
 
 MAX_STEPS = {"metrics.jsonl": 2_000, "rollouts.jsonl": 40}  # in the page

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.features import check as pillow_reads
 
-from core.options import UserError
+from core.errors import UserError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ALL = ("*.parquet", "*.jsonl")

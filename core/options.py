@@ -1,4 +1,4 @@
-"""Options: flags with ranges, recipes, config files, and the one kind of error a user can cause.
+"""Options: flags with ranges, recipes and config files.
 
 A stage declares a dataclass of `flag(...)` fields. The command line wins over the run's config.json
 (with `--resume`), which wins over the `--config` file, which wins over the recipe.
@@ -10,11 +10,8 @@ import difflib
 import json
 import math
 import operator
-import os
 import re
-import signal
 import sys
-import time
 import types
 import typing
 from dataclasses import dataclass, field
@@ -23,24 +20,8 @@ from typing import Literal, NoReturn
 
 import yaml
 
-
-class UserError(Exception):
-    """A mistake that a user can make. The message says what is wrong, where, and what to do."""
-
-
-def complain(line: str) -> None:
-    """Print a one-line error. Other ranks wait, so that rank 0's message comes first."""
-    if rank := int(os.environ.get("RANK", 0)):
-        line = f"rank {rank}: {line}"
-        wait_for_launcher(5)
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
-
-
-def wait_for_launcher(seconds: float) -> None:
-    """Give the launcher time to end this process because another one has failed."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(seconds)
-
+from core.errors import UserError, complain
+from data import STYLES
 
 # --- flags ---------------------------------------------------------------------------------------
 
@@ -69,7 +50,7 @@ class StageOptions:
     image_folder: str | None = flag(None, "Folder that image paths in the data start from")
     revision: str | None = flag(None, "Branch, tag or commit of the model on the hub")
     data_revision: str | None = flag(None, "Branch, tag or commit of the dataset on the hub")
-    prompt_style: Literal["auto", "base", "base-direct", "instruct"] = flag(
+    prompt_style: Literal[("auto", *STYLES)] = flag(
         "auto", "auto: instruct for a model that ends its turn with <|im_end|>, else base"
     )
     max_pixels: int | None = flag(
@@ -83,9 +64,7 @@ class StageOptions:
     output_dir: str | None = flag(None, "Folder of the run; default outputs/<stage>-<dataset>")
     resume: bool = flag(False, "Continue from the newest checkpoint in the run's folder")
     overwrite: bool = flag(False, "Delete the run that the folder holds and start again")
-    seed: int = flag(
-        0, "Determines the order of the data and every sample", paper=42, ge=0, le=2**63 - 1
-    )
+    seed: int = flag(0, "Order of the data and every sample", paper=42, ge=0, le=2**63 - 1)
     precision: Literal["auto", "bf16", "fp32"] = flag(
         "auto", "Compute precision over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU"
     )
@@ -107,9 +86,7 @@ class TrainingOptions(StageOptions):
     lr_schedule: Literal["linear", "cosine", "constant"] = flag(
         "constant", "Learning rate after the warm-up", paper="linear"
     )
-    warmup_ratio: float = flag(
-        0.55, "Share of the updates with a rising learning rate", paper=0.0, ge=0, le=1
-    )
+    warmup_ratio: float = flag(0.55, "Share of updates with a rising rate", paper=0.0, ge=0, le=1)
     weight_decay: float = flag(0.0, "Weight decay of AdamW", ge=0)
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 does not clip", ge=0)
     freeze: Literal["none", "vision", "language"] = flag("none", "Part that is not trained")

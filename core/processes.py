@@ -27,8 +27,9 @@ from accelerate.utils import (
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from core.errors import UserError, complain, wait_for_launcher
 from core.lora import whole_weights
-from core.options import StageOptions, UserError, complain, wait_for_launcher
+from core.options import StageOptions
 
 
 def launch(main: Callable[[], int | None]) -> None:

@@ -146,7 +146,8 @@ def test_every_numeric_flag_has_a_range_and_refuses_what_is_outside(prog, capsys
     "--max_grad_norm -1, --save_total_limit -1, --eval_steps -1, --log_groups -1, --subset -1, "
     "--learning_rate -1, --learning_rate nan, --warmup_ratio 3, --beta -1, --epsilon -0.5, "
     "--num_generations 1, --max_steps 0, --max_steps many, --seed -1, --temperature 0, "
-    "--loss_type ppo, --rewards speed, --rewards none.py:f, --reward_weights 1 2 3".split(", "),
+    "--loss_type ppo, --prompt_style poem, --rewards speed, --rewards none.py:f, "
+    "--reward_weights 1 2 3".split(", "),
 )
 def test_a_value_that_cannot_work_is_refused_before_any_folder_is_made(words, capsys, tmp_path):
     assert words.split()[0] in refused(capsys, *words.split())
