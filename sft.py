@@ -68,7 +68,7 @@ def target_text(row: dict, target: str, opening: str = "") -> str:
         return row["answer"]
     if not row.get("thinking"):
         raise BadRow(row["id"], "it has no `thinking` to train on (--target answer needs none)")
-    think = "" if opening else "<think>"
+    think = "" if opening == "<think>" else "<think>"
     return f"{think}{row['thinking']}</think><answer>{row['answer']}</answer>"
 
 

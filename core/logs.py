@@ -184,8 +184,8 @@ def print_summary(folder: Path, best: tuple[float, int]) -> None:
         if line["split"] == "eval":
             answers.setdefault((line["question"], *line["images"]), []).append(line)
     for lines in list(answers.values())[:3]:
-        options = " | ".join(lines[0]["options"])
-        print(f"\n{lines[0]['question']} ({options})  [right: {lines[0]['answer']}]")
+        options = f"({' | '.join(lines[0]['options'])})" if lines[0]["options"] else ""
+        print(f"\n{lines[0]['question']} {options}  [right: {lines[0]['answer']}]")
         for when, line in zip(("before", "after"), (lines[0], lines[-1]), strict=True):
             print(f"  {when:>6}: {line['completions'][0]}")
     if scores:

@@ -43,7 +43,7 @@ class Prompt:
     @property
     def opening(self) -> str:
         """The part of the answer's format that the prompt already contains."""
-        return "<think>" if self.text.endswith("<think>") else ""
+        return next((tag for tag in ("<think>", "<answer>") if self.text.endswith(tag)), "")
 
 
 class Processor:

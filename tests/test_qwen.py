@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen2VLImag
 
 from core.options import TrainingOptions, UserError
 from core.prompts import Prompts
-from core.qwen import count_parameters, freeze_part, load_policy, save_policy
+from core.qwen import Prompt, count_parameters, freeze_part, load_policy, save_policy
 
 # --- encoding ------------------------------------------------------------------------------------
 
@@ -88,6 +88,7 @@ def test_the_opening_is_what_the_prompt_already_holds_of_the_answers_format():
         processor.prompt(row, style).opening for style in ("base", "base-direct", "instruct")
     ]
     assert openings == ["<think>", "", ""]
+    assert Prompt({}, "Assistant: <answer>", {}).opening == "<answer>"  # of a style of one's own
 
 
 # --- load and save -------------------------------------------------------------------------------

@@ -8,13 +8,15 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from launch import FLAGS, ROOT, end, launch, metrics, read_lines, run, start, tiny_checkpoint
+from launch import ENV, FLAGS, ROOT, end, launch, metrics, read_lines, run, start, tiny_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -245,11 +247,16 @@ def test_ctrl_c_waits_for_a_slow_save_of_two_processes_if_there_is_time(
     assert_same_run(folder, runs["one"])
 
 
-def test_three_finished_runs_of_two_processes_in_a_row_end_with_code_0(model, tmp_path):
-    words = ["--model", model, *FLAGS, "--max_steps", 1, "--eval_steps", 0, "--overwrite"]
-    words += ["--log_with", "tensorboard"]  # whose end must not destroy the process group too early
-    for _ in range(3):
-        assert "saved in" in launch(*words, "--output_dir", tmp_path / "run", processes=2)
+def test_three_runs_of_two_processes_beside_another_job_end_with_code_0():
+    words = [sys.executable, "benchmarks/runs_end.py", "--runs", "3", "--load", "1"]
+    done = subprocess.run(words, cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 x exit code 0" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_run_with_a_tracker_ends_without_destroying_the_process_group_too_early(model, tmp_path):
+    words = ["--model", model, *FLAGS, "--max_steps", 1, "--eval_steps", 0]
+    words += ["--log_with", "tensorboard", "--output_dir", tmp_path / "run"]
+    assert "saved in" in launch(*words, processes=2)
 
 
 def test_a_rank_that_fails_ends_all_ranks_and_says_why_in_one_line(model, tmp_path):
