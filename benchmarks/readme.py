@@ -28,6 +28,13 @@ from grpo import GRPOOptions  # noqa: E402
 KEPT = ROOT / "assets" / "demo"
 SEEDS = {"grpo": (0, 1, 2, 4), "dapo": (0, 1, 2), "dr_grpo": (0, 1, 2)}  # not tuned on 2 and 4
 WINDOW = 10  # updates that a sampled metric is averaged over
+PRECISION = {  # metric -> heading; means over the last ten updates
+    "eval/accuracy": "held-out accuracy",
+    "rewards/accuracy": "sampled accuracy",
+    "completions/reflection": "looks again",
+    "sampling/logp_difference": "`sampling/logp_difference`",
+    "sampling/kl": "`sampling/kl`",
+}
 KEPT_KEYS = (
     "step eval/accuracy eval/completion_length eval/reflection rewards/accuracy rewards/format "
     "completions/mean_length completions/reflection seconds/rollout seconds/train"
@@ -177,6 +184,30 @@ def keep_easy_vqa() -> None:
         (KEPT / "easy-vqa.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
+def precision_table() -> str:
+    """bf16 against fp32, mean ± std over seeds 0, 1, 2."""
+    kept = json.loads((KEPT / "precision.json").read_text())
+    lines = [f"| `--precision` | {' | '.join(PRECISION.values())} |"]
+    lines += ["|---" * (len(PRECISION) + 1) + "|"]
+    for precision, seeds in kept.items():
+        columns = [[seed[key] for seed in seeds] for key in PRECISION]
+        cells = [f"{fmean(column):.2g} ± {stdev(column):.1g}" for column in columns]
+        lines.append(f"| `{precision}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def keep_precision() -> None:
+    """Copy what the table needs from outputs/precision-<precision>-<seed> to assets/demo/."""
+    kept: dict[str, list[dict]] = {}
+    for folder in sorted((ROOT / "outputs").glob("precision-*-[0-9]")):
+        lines = [json.loads(line) for line in open(folder / "metrics.jsonl")]
+        last = [line for line in lines if line["step"] > len(lines) - WINDOW]
+        row = {key: fmean(x[key] for x in last if key in x) for key in PRECISION}
+        kept.setdefault(folder.name.split("-")[1], []).append(row)
+    if kept:
+        (KEPT / "precision.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def flag_table() -> str:
     """Every flag of grpo.py, with the values of both recipes."""
     lines = ["| flag | toy | paper | what it does |", "|---|---|---|---|"]
@@ -193,6 +224,7 @@ TABLES = {
     "loss types": loss_type_table,
     "roads": roads_table,
     "easy-vqa": easy_vqa_table,
+    "precision": precision_table,
     "flags": flag_table,
 }
 
@@ -216,6 +248,7 @@ def main() -> None:
                 train(loss_type, seed)
         keep_roads()
         keep_easy_vqa()
+        keep_precision()
     runs = [report.read_run(KEPT / f"grpo-{seed}") for seed in SEEDS["dapo"]]
     report.figure({"grpo": runs}).savefig(ROOT / "assets" / "demo.png", dpi=120)
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
