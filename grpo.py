@@ -16,7 +16,7 @@ How this differs from GRPO as published (arXiv 2402.03300) and from VisualThinke
    micro-batches and processes add up.
 6. With --beta 0 there is no reference model, and a group without signal costs no forward pass.
 
-    accelerate launch grpo.py                         # the toy world, any CPU, two minutes
+    accelerate launch grpo.py                         # the toy world, any CPU, minutes
     accelerate launch grpo.py --dataset sat           # the paper's run, one GPU with 80 GB
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # several processes: seconds to save after Ctrl-C
     accelerate launch --config_file configs/ddp.yaml grpo.py --dataset sat     # several GPUs
