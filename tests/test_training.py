@@ -139,7 +139,7 @@ def test_without_kl_no_reference_model_is_loaded(monkeypatch):
 def test_grpo_makes_likelier_what_a_reward_of_ones_own_pays(model, tmp_path):
     (tmp_path / "mine.py").write_text("def has_e(completion, row):\n    return 'e' in completion\n")
     words = f"--rewards {tmp_path / 'mine.py'}:has_e --num_generations 8 --max_completion_length 4"
-    words += " --learning_rate 3e-3 --max_steps 25 --eval_steps 0 --save_steps 0"
+    words += " --learning_rate 3e-3 --warmup_ratio 0 --max_steps 25 --eval_steps 0 --save_steps 0"
     run("--model", model, *FLAGS, *words.split(), output_dir=tmp_path / "run")
     rewards = [m["reward"] for m in metrics(tmp_path / "run")]
     assert rewards[0] < 0.6 and statistics.mean(rewards[-3:]) > 0.9, rewards
