@@ -88,8 +88,9 @@ def start_accelerator(options: StageOptions) -> Accelerator:
     log_with = getattr(options, "log_with", None)
     installed = ["all", *map(str, get_available_trackers())]
     if log_with and log_with not in installed:  # accelerate would leave it out without a message
-        known = log_with in LoggerType.list()
-        wrong = f"--log_with {log_with} is not installed" if known else f"unknown tracker {log_with}"
+        wrong = f"--log_with {log_with} is not installed"
+        if log_with not in LoggerType.list():
+            wrong = f"unknown tracker {log_with}"
         raise UserError(f"{wrong}. Installed: {', '.join(installed)}")
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
