@@ -86,10 +86,9 @@ def make_micro_batches(
     lengths = mask.sum(-1) + torch.tensor([len(prompt.inputs["input_ids"]) for prompt in prompts])
     batches = []
     for chosen in lengths.argsort(descending=True, stable=True).split(options.rows_per_forward):
-        longest = int(mask[chosen].sum(-1).max())
         inputs = processor.collate([prompts[i].inputs for i in chosen])
-        answers = ids[chosen, :longest], mask[chosen, :longest]
-        batches.append((pack_groups(model, inputs, *answers), answers[1].to(model.device)))
+        packed = pack_groups(model, inputs, ids[chosen], mask[chosen])
+        batches.append((packed, mask[chosen].to(model.device)))
     return batches
 
 
