@@ -37,7 +37,7 @@ def words(text: str) -> str:
     folded = {ord(c): folded for c in set(text) if len(folded := normalize("NFKC", c)) <= 3}
     text = re.sub(ARTICLE, " ", text.translate(folded)[: 2 * MAX_TEXT]).lower()
     for pattern, replacement in REWRITES:
-        text = re.sub(pattern, replacement, text)
+        text = pattern.sub(replacement, text)
     tokens = ((match["value"], match[0]) for match in TOKEN.finditer(text))
     return "".join(f" {_number(value) if value else word} " for value, word in tokens)
 
@@ -142,7 +142,7 @@ UNITS |= {"feet": "ft", "inche": "inch", "mile": "mi", "kilo": "kg", "kg": "kg",
 FOLD = str.maketrans("’º˚。÷−–‐‑", "'°°./----", "\u200b\ufeff")
 # The "a" of "a chair", "a 3D view" and of a text cut off after "there is a" is no option's letter.
 # It is one in "a", "option a", "A is closer", "A or B" and "A left".
-ARTICLE = (
+ARTICLE = re.compile(
     r"(?<![Oo]ption )(?<![Cc]hoice )(?<![Aa]nswer )(?:"
     r"\b(?<!<)[AaI] +(?=['\"`*“‘]*[^\W\d_]{2}|\d+[-A-Za-z])"
     r"(?!(?i:is|was|and|or|nor|vs|because)\b)"
@@ -205,6 +205,8 @@ REWRITES = [  # applied in this order
     (r" +|\s", " "),
     (r"(?<=[\d)i]) ?(?=pi\b|sqrt\(|cbrt\()|(?<=[\d)])(?=\()|(?<=\))(?=\d)", "*"),
 ]
+# Compiled here, so that the first answer is not slower than the others.
+REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in REWRITES]
 NUMERAL = r"(?:\d+(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?"
 TERM = rf"(?:-?(?:sqrt|cbrt)?\(\ ?){{0,9}}-?(?:{NUMERAL}|pi\b)(?:\ ?\)){{0,9}}"
 TOKEN = re.compile(
