@@ -108,7 +108,11 @@ class Decoder:
         self.places = places.transpose(1, 2).reshape(N, self.K)
 
     def rms_norm(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        if x.is_cuda or x.dtype != torch.float32:  # one kernel, in float32
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        # On a CPU this is faster than F.rms_norm, and equal to the bit.
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return x if weight is None else x * weight
 
     def step(self, tokens: Tensor, position: Tensor, S: int) -> Tensor:
         """Read own token `position` (1,) < S of the first n slots, (n,); return logits (n, V)."""
