@@ -17,6 +17,7 @@ test: .venv/installed
 lint: .venv/installed
 	ruff check .
 	ruff format --check .
+	python -m pytest tests/shape.py
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
