@@ -81,12 +81,12 @@ class TrainingOptions(StageOptions):
     max_images: int | None = flag(None, "Skip rows with more images; default 1 for sat", ge=1)
     subset: int | None = flag(None, "Use only the first rows; default 15000 for sat, 0: all", ge=0)
 
-    max_steps: int = flag(280, "Updates", paper=1500, group="optimization", ge=1)
-    learning_rate: float = flag(6e-5, "Peak learning rate of AdamW", paper=1e-6, ge=0)
+    max_steps: int = flag(230, "Updates", paper=1500, group="optimization", ge=1)
+    learning_rate: float = flag(1.2e-4, "Peak learning rate of AdamW", paper=1e-6, ge=0)
     lr_schedule: Literal["linear", "cosine", "constant"] = flag(
         "constant", "Learning rate after the warm-up", paper="linear"
     )
-    warmup_ratio: float = flag(0.63, "Share of updates with a rising rate", paper=0.0, ge=0, le=1)
+    warmup_ratio: float = flag(0.75, "Share of updates with a rising rate", paper=0.0, ge=0, le=1)
     weight_decay: float = flag(0.0, "Weight decay of AdamW", ge=0)
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 does not clip", ge=0)
     freeze: Literal["none", "vision", "language"] = flag("none", "Part that is not trained")

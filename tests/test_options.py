@@ -47,7 +47,7 @@ def refused(capsys, *words, options=GRPOOptions) -> str:
 def test_the_recipe_is_the_toys_for_a_toy_model_or_dataset_and_else_the_papers():
     for words in ([], ["--model", "toy", "--dataset", "sat"], ["--model", "Qwen/Qwen2-VL-2B"]):
         options = parse(*words)
-        assert (options.recipe, options.learning_rate, options.max_steps) == ("toy", 6e-5, 280)
+        assert (options.recipe, options.learning_rate, options.max_steps) == ("toy", 1.2e-4, 230)
     options = parse("--dataset", "sat")
     assert (options.recipe, options.learning_rate, options.max_steps) == ("paper", 1e-6, 1500)
     assert (options.model, options.beta, options.seed) == ("Qwen/Qwen2-VL-2B", 0.04, 42)
