@@ -1,10 +1,11 @@
-"""Ablations on the toy world: change one thing about the default run and measure what changes.
+"""Ablations on the toy world: change one thing about a run and measure what changes.
 
     python benchmarks/ablations.py                             # the rows, then docs/ablations.md
     python benchmarks/ablations.py --only dapo g-16 --seeds 0
     python benchmarks/ablations.py --write                     # only the page, from kept results
 
 The rows are in benchmarks/ablations.yaml: `grpo.py` with some flags or with a diff of docs/diffs/.
+All train at half of the default learning rate, so that every stage takes many updates.
 Runs go to outputs/ablations/<row>-<seed>, side by side, one thread each. A finished run is not
 repeated. What the page needs is kept in docs/ablations/results.json. After a change of the
 defaults, delete the runs, write {} into that file, and measure again.
@@ -35,10 +36,12 @@ from grpo import GRPOOptions  # noqa: E402
 RUNS = ROOT / "outputs" / "ablations"
 DOCS = ROOT / "docs"
 KEPT = DOCS / "ablations"  # results.json and the pictures
-COMMON = "--eval_steps 100 --save_steps 0 --log_groups 0"  # what is written, not what is trained
+RATE = GRPOOptions.learning_rate / 2
+SLOW = f"--learning_rate {RATE:g} --max_steps 280 --warmup_ratio 0.63"
+COMMON = f"{SLOW} --eval_steps 100 --save_steps 0 --log_groups 0"
 SECTIONS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
 ROWS = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
-RATES = {"half_rate": GRPOOptions.learning_rate / 2, "double_rate": GRPOOptions.learning_rate * 2}
+RATES = {"half_rate": RATE / 2, "double_rate": RATE * 2}
 COLUMNS = {  # key in results.json -> heading, digits
     "half": ("updates to half looking again", 0),
     "accuracy": ("sampled accuracy", 2),
@@ -116,7 +119,7 @@ def keep(results: dict) -> dict:
     results = {name: results[name] for name in ROWS if name in results}
     (KEPT / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     for title, rows in SECTIONS.items():
-        names = [name for name in dict.fromkeys(["default", *rows]) if finished(name)]
+        names = [name for name in dict.fromkeys(["baseline", *rows]) if finished(name)]
         if rows.keys() & names:
             runs = {name: [*map(report.read_run, finished(name).values())] for name in names}
             report.figure(runs).savefig(picture(title), dpi=80, metadata={"Software": None})
@@ -136,8 +139,8 @@ def values(runs: dict[str, dict], key: str) -> list[float]:
 
 
 def differs(results: dict, name: str) -> list[str]:
-    """The columns in which a row is more than two pooled standard deviations from the default."""
-    rows = results.get(name, {}), results.get("default", {})
+    """The columns in which a row is more than two pooled standard deviations from the baseline."""
+    rows = results.get(name, {}), results.get("baseline", {})
     if min(map(len, rows)) < 2:
         return []
     columns = []
@@ -158,7 +161,7 @@ def cell(runs: dict, key: str) -> str:
 
 
 def table(results: dict) -> str:
-    """One line per measured row. Cells that differ from the default are bold."""
+    """One line per measured row. Cells that differ from the baseline are bold."""
     if not results:
         return "No row has been measured yet."
     lines = [f"| row | {' | '.join(heading for heading, _ in COLUMNS.values())} |"]
@@ -169,7 +172,7 @@ def table(results: dict) -> str:
         cells = [f"**{c}**" if k in apart else c for k, c in zip(COLUMNS, cells, strict=True)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     count = sum(bool(differs(results, name)) for name in results)
-    lines += ["", f"{count} of {len(results)} measured rows differ from the default."]
+    lines += ["", f"{count} of {len(results)} measured rows differ from the baseline."]
     if missing := [name for name in ROWS if name not in results]:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
     return "\n".join(lines)

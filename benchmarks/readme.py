@@ -3,10 +3,9 @@
     python benchmarks/readme.py                # trains what is missing (a few minutes each), writes
     python benchmarks/readme.py --write        # writes from assets/demo/, without training
 
-The runs are `accelerate launch grpo.py --seed S` in outputs/demo-<S>, and the same with
-`--loss_type dapo` and `dr_grpo`. A finished run is not repeated. What the tables need is kept in
-assets/demo/, so that a test can hold the README to it. outputs/demo-remade-0 is a run with seed 0 on
-the base model that `make base-model` makes.
+The runs are `accelerate launch grpo.py --seed S` in outputs/demo-<S>. A finished run is not
+repeated. outputs/demo-remade-0 is a run with seed 0 on the base model that `make base-model` makes.
+What the tables need is kept in assets/demo/, so that a test can hold the README to it.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from core.options import show  # noqa: E402
 from grpo import GRPOOptions  # noqa: E402
 
 KEPT = ROOT / "assets" / "demo"
-SEEDS = {"grpo": (0, 1, 2, 5), "dapo": (0, 1, 2), "dr_grpo": (0, 1, 2)}  # not tuned on 5
+SEEDS = (0, 1, 2, 5)  # not tuned on 5
 WINDOW = 10  # updates that a sampled metric is averaged over
 PRECISION = {  # metric -> heading; means over the last ten updates
     "eval/accuracy": "held-out accuracy",
@@ -42,16 +41,14 @@ KEPT_KEYS = (
 ).split()
 
 
-def train(loss_type: str, seed: int) -> None:
+def train(seed: int) -> None:
     """Train what is missing, and keep it."""
-    folder, kept = ROOT / "outputs" / f"demo-{loss_type}-{seed}", KEPT / f"{loss_type}-{seed}"
+    folder = ROOT / "outputs" / f"demo-{seed}"
     if not (folder / "final").exists():
         launch = ["accelerate", "launch", "--quiet", "--config_file", "configs/single.yaml"]
         flags = ["--seed", str(seed), "--output_dir", str(folder), "--overwrite"]
-        if loss_type != "grpo":
-            flags += ["--loss_type", loss_type]
         subprocess.run([*launch, "grpo.py", *flags], cwd=ROOT, check=True)
-    keep(folder, kept)
+    keep(folder, KEPT / folder.name)
 
 
 def keep(folder: Path, kept: Path) -> None:
@@ -65,8 +62,8 @@ def keep(folder: Path, kept: Path) -> None:
     (kept / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read(loss_type: str, seed: int) -> list[dict]:
-    return [json.loads(line) for line in open(KEPT / f"{loss_type}-{seed}" / "metrics.jsonl")]
+def read(run: str) -> list[dict]:
+    return [json.loads(line) for line in open(KEPT / run / "metrics.jsonl")]
 
 
 def windows(metrics: list[dict], key: str) -> list[float]:
@@ -82,8 +79,8 @@ def demo_table() -> str:
         "| looks again, sampled | well formed, sampled | seconds in updates |",
         "|---|---|---|---|---|---|",
     ]
-    runs = {str(seed): read("grpo", seed) for seed in SEEDS["grpo"]}
-    runs["0, base model made again"] = read("remade", 0)
+    runs = {str(seed): read(f"demo-{seed}") for seed in SEEDS}
+    runs["0, base model made again"] = read("demo-remade-0")
     for name, metrics in runs.items():
         scores = [line["eval/accuracy"] for line in metrics if "eval/accuracy" in line]
         length, again, well = (
@@ -101,26 +98,18 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
-def half_way(metrics: list[dict]) -> int:
-    """The update by which the share of looking again has reached half of its final value."""
-    again = windows(metrics, "completions/reflection")
-    return next(i for i, share in enumerate(again) if share >= again[-1] / 2) + WINDOW
-
-
 def loss_type_table() -> str:
-    """How soon looking again spreads, by loss type: mean ± std over seeds 0, 1, 2."""
+    """How soon looking again spreads, by loss type: mean ± std over seeds, from the ablations."""
+    results = json.loads((ROOT / "docs" / "ablations" / "results.json").read_text())
     lines = [
-        "| `--loss_type` | updates until half of the final share looks again | ratio to `grpo` "
+        "| `--loss_type` | updates until half of the completions look again | ratio to `grpo` "
         "| final share | held-out accuracy |",
         "|---|---|---|---|---|",
     ]
-    seeds, base = SEEDS["dapo"], None
-    for loss_type in SEEDS:
-        runs = [read(loss_type, seed) for seed in seeds]
-        half = [half_way(run) for run in runs]
-        base = base or fmean(half)
-        share = [windows(run, "completions/reflection")[-1] for run in runs]
-        accuracy = [run[-1]["eval/accuracy"] for run in runs]
+    base = fmean(run["half"] for run in results["baseline"].values())
+    for loss_type, row in {"grpo": "baseline", "dapo": "dapo", "dr_grpo": "dr_grpo"}.items():
+        keys = "half", "again", "greedy"
+        half, share, accuracy = ([run[key] for run in results[row].values()] for key in keys)
         cells = (f"{fmean(x):.2f} ± {stdev(x):.2f}" for x in (share, accuracy))
         lines.append(
             f"| `{loss_type}` | {fmean(half):.0f} ± {stdev(half):.0f} "
@@ -250,15 +239,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="Do not train")
     if not parser.parse_args().write:
-        for loss_type, seeds in SEEDS.items():
-            for seed in seeds:
-                train(loss_type, seed)
+        for seed in SEEDS:
+            train(seed)
         if (remade := ROOT / "outputs" / "demo-remade-0").exists():
-            keep(remade, KEPT / "remade-0")
+            keep(remade, KEPT / remade.name)
         keep_roads()
         keep_easy_vqa()
         keep_precision()
-    runs = [report.read_run(KEPT / f"grpo-{seed}") for seed in SEEDS["dapo"]]
+    runs = [report.read_run(KEPT / f"demo-{seed}") for seed in SEEDS[:3]]
     report.figure({"grpo": runs}).savefig(ROOT / "assets" / "demo.png", dpi=120)
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         page.write_text(insert_tables(page.read_text()))
