@@ -69,9 +69,6 @@ class StageOptions:
         "auto", "Compute precision over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU"
     )
 
-    def check(self) -> None:
-        """Raise UserError for values that do not fit together."""
-
 
 @dataclass
 class TrainingOptions(StageOptions):
@@ -100,6 +97,7 @@ class TrainingOptions(StageOptions):
     log_with: str | None = flag(None, "Tracker known to accelerate: tensorboard, wandb, …")
 
     def check(self) -> None:
+        """Raise UserError for values that do not fit together."""
         if self.lora_rank and self.freeze == "language":
             raise UserError(
                 "argument --lora_rank: trains the language model, which --freeze language freezes"
@@ -119,7 +117,6 @@ HUGGING_FACE = {  # what people who know transformers and TRL type first
     "dataset_name": "--dataset",
     "bf16": "--precision bf16",
 }
-OF_ONE_RUN = {"output_dir", "resume", "overwrite", "config"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -164,7 +161,7 @@ class Parser(argparse.ArgumentParser):
             if not isinstance(values, dict):
                 raise UserError("it does not hold `flag: value` lines")
             if "versions" in values:  # of a run, which also holds facts and its own folder
-                names = self.names - OF_ONE_RUN
+                names = self.names - {"output_dir", "resume", "overwrite", "config"}
                 values = {name: value for name, value in values.items() if name in names}
             for name, value in values.items():
                 if value != []:

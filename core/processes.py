@@ -1,7 +1,4 @@
-"""The processes of a run: start them, share work between them, stop and end them.
-
-It also holds the replica to sample from.
-"""
+"""The processes of a run: start them, share work and weights between them, stop and end them."""
 
 import copy
 import gc
