@@ -21,7 +21,7 @@ def prepare(
         [p for p in policy.parameters() if p.requires_grad],
         lr=options.learning_rate,
         weight_decay=options.weight_decay,
-        fused=accelerator.device.type == "cuda",
+        fused=True,
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
     if checkpoint:

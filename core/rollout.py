@@ -69,7 +69,6 @@ class SamplingState:
         self.draw(rows, self.decoder.step(self.ids[rows, last], last, S))
 
 
-@torch.no_grad()
 def sample(
     model: nn.Module,
     prompt_inputs: dict[str, Tensor],
@@ -98,7 +97,8 @@ def sample(
     threads = torch.get_num_threads()
     if model.config.get_text_config().hidden_size <= 256:
         torch.set_num_threads(1)  # more would make the steps of so small a model slower
-    with torch.autocast(device.type, enabled=False):  # the model's own precision
+    # the model's own precision, and no bookkeeping for gradients
+    with torch.autocast(device.type, enabled=False), torch.inference_mode():
         hidden, cache, start = prefill(model, prompt_inputs)
         uniform = uniforms(seed, step, prompts or range(len(start)), G, C).to(device)
         decoder = Decoder(model, cache, prompt_inputs["attention_mask"], start, G, C)
