@@ -109,7 +109,9 @@ class Prompts:
             raise UserError(f"no held-out row can be used: {skipped_report([*unfit.values()])}")
         own = usable[state.process_index :: state.num_processes]
         self.held_out = [processor.prompt(held_out[i], self.style) for i in own]
-        self.thread, self.ahead = ThreadPoolExecutor(1), {}
+        # One OpenMP thread: a second team of them would make every operation of the main thread slow.
+        self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+        self.ahead = {}
 
     def __getitem__(self, position: int) -> Prompt:
         """The run's prompt at this position."""

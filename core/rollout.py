@@ -94,9 +94,6 @@ def sample(
     G, C, device = num_generations, max_completion_length, model.device
     prompt_inputs = {name: value.to(device) for name, value in prompt_inputs.items()}
 
-    threads = torch.get_num_threads()
-    if model.config.get_text_config().hidden_size <= 256:
-        torch.set_num_threads(1)  # more would make the steps of so small a model slower
     # the model's own precision, and no bookkeeping for gradients
     with torch.autocast(device.type, enabled=False), torch.inference_mode():
         hidden, cache, start = prefill(model, prompt_inputs)
@@ -110,7 +107,6 @@ def sample(
             if S % check_every == 0 and decoder.keep(state.going, S) == 0:
                 break
             run_step(decoder.n, S)
-    torch.set_num_threads(threads)
 
     is_end = (state.ids[..., None] == state.end_ids).any(-1).long()
     mask = (is_end.cumsum(-1) == is_end).long()  # no end token before
