@@ -237,8 +237,8 @@ def load_rows(
     paths, hold_out = files.split_files(sources, patterns, split)
     records = files.read_rows(paths, subset or None, max_images)
     columns = set().union(*(records[i]["record"] for i in range(len(records))[:9]))
-    asked = {layout.get("question", "question") for _, layout in LAYOUTS}
-    if columns.isdisjoint(asked | {"caption"}):  # VSR's
+    layout = next((layout for key, layout in LAYOUTS if key <= columns), {})
+    if columns.isdisjoint({layout.get("question", "question"), "caption"}):  # VSR's
         raise UserError(f"{paths[0]} has no column `question`, only {', '.join(sorted(columns))}")
     kept = range(len(records))
     if hold_out and not whole and len(kept) >= 20:
