@@ -14,7 +14,7 @@ import ast
 import contextlib
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,7 @@ def _unify(record: dict, name: str) -> dict:
         ask = "Is the following statement about the image true or false? "
         record = record | {"question": ask + _text(record, "caption"), "options": ["True", "False"]}
         record["answer"] = {"0": "False", "1": "True"}.get(str(record.get("label")))
-    layout = next((layout for key, layout in LAYOUTS if key <= record.keys()), {})
-    columns = {field: field for field in FIELDS} | layout
+    columns = {field: field for field in FIELDS} | _layout(record.keys())
     hidden = (*FIELDS, *files.IMAGE_COLUMNS, *files.NUMBERED_IMAGES, "wording")
     row = {column: value for column, value in record.items() if column not in hidden}
     row |= {"images": files.encoded_images(record), "task": name, "source": name}
@@ -144,6 +143,11 @@ def _unify(record: dict, name: str) -> dict:
     elif not is_correct(row["answer"], row):  # such as "?", which states nothing
         raise ValueError(f"its answer {row['answer']!r:.80} can never be right")
     return row
+
+
+def _layout(columns: Set[str]) -> dict[str, str]:
+    """Field of a row -> its column in the published layout that has these columns."""
+    return next((layout for key, layout in LAYOUTS if key <= columns), {})
 
 
 def _is_empty(value: Any) -> bool:
@@ -237,8 +241,7 @@ def load_rows(
     paths, hold_out = files.split_files(sources, patterns, split)
     records = files.read_rows(paths, subset or None, max_images)
     columns = set().union(*(records[i]["record"] for i in range(len(records))[:9]))
-    layout = next((layout for key, layout in LAYOUTS if key <= columns), {})
-    if columns.isdisjoint({layout.get("question", "question"), "caption"}):  # VSR's
+    if columns.isdisjoint({_layout(columns).get("question", "question"), "caption"}):  # VSR's
         raise UserError(f"{paths[0]} has no column `question`, only {', '.join(sorted(columns))}")
     kept = range(len(records))
     if hold_out and not whole and len(kept) >= 20:

@@ -109,7 +109,7 @@ class Prompts:
             raise UserError(f"no held-out row can be used: {skipped_report([*unfit.values()])}")
         own = usable[state.process_index :: state.num_processes]
         self.held_out = [processor.prompt(held_out[i], self.style) for i in own]
-        # With one thread. A second OpenMP team would make every operation of the main thread slow.
+        # One OpenMP thread: a second team of them would slow down every operation of the main one.
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self.ahead = {}
 

@@ -93,7 +93,6 @@ def sample(
         raise UserError(f"decoding must be eager, or captured on a CUDA GPU, not {decoding!r}")
     G, C, device = num_generations, max_completion_length, model.device
     prompt_inputs = {name: value.to(device) for name, value in prompt_inputs.items()}
-
     # the model's own precision, and no bookkeeping for gradients
     with torch.autocast(device.type, enabled=False), torch.inference_mode():
         hidden, cache, start = prefill(model, prompt_inputs)

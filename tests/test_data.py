@@ -372,7 +372,7 @@ def test_a_rollout_is_the_prompts_at_its_places_in_any_order_of_rollouts():
     for number in (0, 1, 2, 7, 3, 0):
         expected = [prompts[4 * number + place] for place in (1, 3)]
         assert prompts.of_rollout(number, [1, 3]) == expected
-    # Threads of its own would slow down every operation of the main thread.
+    # A second team of OpenMP threads would slow down every operation of the main thread.
     assert prompts.thread.submit(torch.get_num_threads).result() == 1
 
 

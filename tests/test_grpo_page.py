@@ -105,7 +105,7 @@ def test_training_with_a_diff_differs_from_training_without(name, checkpoint, tm
     assert [line["step"] for line in lines[0]] == [1, 2, 3, 4]
     assert not any(line["skipped_updates"] for line in lines[0])
     if is_edited("grpo.py"):
-        return  # an edit may have replaced what the diff changes
+        pytest.skip("the edit of grpo.py may have replaced what the diff changes")
     # rloo is off by a constant factor, which AdamW removes from the update but not from the norm
     assert lines[0][-1]["grad_norm"] != pytest.approx(lines[1][-1]["grad_norm"], rel=1e-3)
 

@@ -100,12 +100,13 @@ def test_logits_in_chunks_change_neither_values_nor_gradients(monkeypatch):
         model.zero_grad()
         logps, entropy = group_logps(model, inputs, ids, mask, with_entropy=True, temperature=0.7)
         logps.sum().backward()
-        return logps.detach(), entropy, model.lm_head.weight.grad.clone()
+        gradient = model.lm_head.weight.grad.clone()
+        return logps.detach(), entropy, gradient / gradient.abs().max()
 
     whole = run()
     monkeypatch.setattr(packing, "LOGITS_AT_ONCE", 3 * len(processor.tokenizer))
     for one, other in zip(whole, run(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def test_entropy_and_temperature_are_those_of_the_scaled_softmax():

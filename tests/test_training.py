@@ -142,7 +142,7 @@ def test_grpo_makes_likelier_what_a_reward_of_ones_own_pays(model, tmp_path):
     words += " --learning_rate 3e-3 --warmup_ratio 0 --max_steps 25 --eval_steps 0 --save_steps 0"
     run("--model", model, *FLAGS, *words.split(), output_dir=tmp_path / "run")
     rewards = [m["reward"] for m in metrics(tmp_path / "run")]
-    assert rewards[0] < 0.8 and statistics.mean(rewards[-3:]) > 0.9, rewards
+    assert statistics.mean(rewards[:3]) < 0.6 and statistics.mean(rewards[-3:]) > 0.9, rewards
 
 
 # --- supervised ----------------------------------------------------------------------------------
