@@ -99,7 +99,7 @@ class Rows(Sequence):
     """`rows[i]` reads a row and decodes its images, or raises `BadRow`."""
 
     def __init__(self, records, kept: range, name: str, split: str, seed: int, folder, commit):
-        self.records, self.kept = records, kept  # see `files.read_rows`; which of them
+        self.records, self.kept = records, kept  # of `files.read_rows`; this split's indices
         self.name, self.split, self.seed, self.image_folder = name, split, seed, folder
         self.commit = commit  # of a dataset from the hub, otherwise None
 

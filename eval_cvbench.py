@@ -1,8 +1,13 @@
 """Evaluate a model on CV-Bench, its relatives, the toy benchmark or questions of your own.
 
-Strict score, as in training: the last `<answer>` tag states the right option and no other. Lenient
-score: without a tag, the text after `</think>`, or else the whole text, counts if it states exactly
-one option or value. (The paper's code searches for letters: "I see a dog and a cat." is option A.)
+How this differs from the paper's code:
+
+1. Strict score, as in training: the last `<answer>` tag states the right option and no other.
+2. Lenient score: without a tag, the text after `</think>`, or else the whole text, counts if it
+   states exactly one option or value. (Upstream searches for letters: "I see a dog and a cat." is
+   option A.) Compare this one with the paper's total, which is a mean over all questions.
+3. `official` is CV-Bench's own: the mean of 2D (the mean of ADE20K and COCO) and 3D (Omni3D).
+
 The same command continues an evaluation. The number of processes does not change a response.
 
     accelerate launch eval_cvbench.py                                  # toy model, any CPU
@@ -39,7 +44,7 @@ class EvalOptions(StageOptions):
     dataset: str = flag("auto", f"toy, {', '.join(BENCHMARKS)}, or your own file or folder")
     data_path: list[str] = flag([], "Local copy of the benchmark", group="evaluation")
     limit: int | None = flag(None, "Use only the first questions", ge=1)
-    batch_size: int = flag(64, "Questions per process; changes only the rounding", paper=8, ge=1)
+    batch_size: int = flag(64, "Questions decoded together; changes only rounding", paper=8, ge=1)
     max_completion_length: int = flag(96, "Longest response in tokens", paper=1024, ge=1)
     samples: int = flag(1, "Responses per question, for pass@k", ge=1)
     temperature: float = flag(0.0, "Sampling temperature; 0 is greedy", ge=0)
@@ -90,7 +95,7 @@ def score(records: list[dict]) -> dict:
         for record in records:
             parts.setdefault(record.get(key) or "unknown", []).append(record)
         scores[key + "s"] = {name: accuracies(part) for name, part in parts.items()}
-    samples = [[judge(r, s) for s in (r["response"], *r.get("more_samples", ()))] for r in records]
+    samples = [[r, *(judge(r, s) for s in r.get("more_samples", ()))] for r in records]
     n = min(map(len, samples))
     for suffix in ("", "_lenient"):
         scores["interval" + suffix] = wilson(scores["accuracy" + suffix], len(records))
@@ -132,8 +137,9 @@ def evaluate(options: EvalOptions) -> None:
         raise UserError(f"{options.dataset} has no usable question: {'; '.join(skipped[:3])}")
 
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    given = dict(max_pixels=options.max_pixels, revision=options.revision)
-    model, processor = load_policy(options.model, dtype=dtype, **given)
+    model, processor = load_policy(
+        options.model, dtype=dtype, max_pixels=options.max_pixels, revision=options.revision
+    )
     model.to(accelerator.device).eval().requires_grad_(False)
     style = options.prompt_style
     if style == "auto":
@@ -162,7 +168,7 @@ def evaluate(options: EvalOptions) -> None:
             with open(path, "a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in records)
     if rank == 0:
-        publish(path, skipped)
+        publish(path, read_responses(path), skipped)
 
 
 def refuse_other(path: Path, settings: dict, overwrite: bool) -> None:
@@ -187,9 +193,14 @@ def open_responses(path: Path, settings: dict, overwrite: bool) -> list[int]:
     return [json.loads(line)["place"] for line in text.splitlines()]
 
 
-def publish(path: Path, skipped: list[str]) -> None:
+def read_responses(path: Path) -> list[dict]:
+    """The records of a responses.jsonl. Raises KeyError if one lacks what a score needs."""
+    records, needed = path.read_text().splitlines(), ("options", "answer", "response")
+    return [record | {key: record[key] for key in needed} for record in map(json.loads, records)]
+
+
+def publish(path: Path, records: list[dict], skipped: list[str]) -> None:
     """Judge the responses anew, write them and scores.json, and print the scores."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
     records = [record | judge(record, record["response"]) for record in records]
     records.sort(key=lambda record: record.get("place", 0))
     scores = score(records) | ({"skipped": skipped} if skipped else {})
@@ -226,11 +237,11 @@ def main() -> None:
         return evaluate(options)
     try:
         if options.compare:
-            compare(options.compare)
-        else:
-            publish(Path(options.rescore), [])
+            return compare(options.compare)
+        records = read_responses(Path(options.rescore))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {options.rescore or options.compare}: {error!r}") from error
+    publish(Path(options.rescore), records, [])
 
 
 if __name__ == "__main__":

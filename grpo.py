@@ -11,10 +11,10 @@ How this differs from GRPO as published (arXiv 2402.03300) and from VisualThinke
 2. Tokens are drawn from the policy's full softmax, without top-k or top-p. (Upstream left the
    library's top-k of 50 on, and trained on the full softmax.)
 3. Any number of prompts per device gives the same result. (Upstream mixes up the groups.)
-4. The ratio is clipped. (Upstream does not, which matters as soon as --num_iterations is above 1.)
+4. The ratio is clipped. (Upstream does not clip. It matters when --num_iterations is above 1.)
 5. The loss is a weighted sum over tokens. Every weight is known before the first forward pass, so
    micro-batches and processes add up.
-6. With --beta 0 there is no reference model, and a group without signal costs no forward pass.
+6. With --beta 0 there is no reference model, and a group without signal costs no training forward.
 
     accelerate launch grpo.py                         # the toy world, any CPU, minutes
     accelerate launch grpo.py --dataset sat           # the paper's run, one GPU with 80 GB
@@ -64,13 +64,13 @@ from rewards import accuracy_reward
 @dataclass
 class GRPOOptions(TrainingOptions):
     rewards: list[str] = flag(
-        ["accuracy", "format"], "Summed: accuracy, format, length, path/to/file.py:function",
+        ["accuracy", "format"], "Added up: accuracy, format, length, path/to/file.py:function",
         group="rollout",
     )  # fmt: skip
     reward_weights: list[float] = flag([], "A weight for each of --rewards; default 1")
     num_generations: int = flag(8, "G, completions per prompt", ge=2)
     prompts_per_update: int = flag(8, "B, prompts per update over all processes", ge=1)
-    max_completion_length: int = flag(96, "C, most tokens of a completion", paper=700, ge=1)
+    max_completion_length: int = flag(96, "C, maximum tokens per completion", paper=700, ge=1)
     temperature: float = flag(1.0, "Temperature of sampling and of the trained policy", gt=0)
     decoding: Literal["eager", "captured"] = flag("eager", "captured replays CUDA graphs")
     log_groups: int = flag(2, "Groups per rollout written to rollouts.jsonl", ge=0)
@@ -79,9 +79,9 @@ class GRPOOptions(TrainingOptions):
     prompts_per_forward: int = flag(8, "Groups per training forward, for memory", paper=1, ge=1)
     beta: float = flag(0.0, "Weight of the KL to the reference; 0 loads none", paper=0.04, ge=0)
     epsilon: float | None = flag(
-        None, "Clip the ratio below 1 - epsilon; default 0.2, with sequence 3e-4", ge=0, le=1
+        None, "Lower clip bound is 1 - epsilon; default 0.2, with sequence 3e-4", ge=0, le=1
     )
-    epsilon_high: float | None = flag(None, "… and above 1 + epsilon_high; default epsilon", ge=0)
+    epsilon_high: float | None = flag(None, "Upper clip bound minus 1; default epsilon", ge=0)
     loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = flag(
         "grpo", "Token losses are averaged per completion (grpo), over all tokens (dapo, arXiv "
         "2503.14476) or by a constant (dr_grpo, arXiv 2503.20783); cispo (arXiv 2506.13585) clips "
@@ -101,7 +101,7 @@ class GRPOOptions(TrainingOptions):
         super().check()
         if self.reward_weights and len(self.reward_weights) != len(self.rewards):
             raise UserError("argument --reward_weights: needs one weight for each of --rewards")
-        load_rewards(self.rewards)
+        self.functions = load_rewards(self.rewards)
         if self.epsilon is None:
             self.epsilon = 3e-4 if self.importance_sampling_level == "sequence" else 0.2
 
@@ -226,7 +226,7 @@ def grpo_loss(
 def score(rollout: Rollout, functions: dict[str, Callable]) -> Tensor:
     """Every reward of every completion: (b, G, R).
 
-    Where the prompt ends in <think>, the answer's format begins in the prompt.
+    A <think> at the end of the prompt is put in front of the completion before it is scored.
     """
     G, rewards = len(rollout.completions) // len(rollout.prompts), []
     for row, completion in enumerate(rollout.completions):
@@ -284,7 +284,7 @@ def main() -> int | None:
     accelerator = start_accelerator(options)
     own = share_of(options, "prompts_per_update", accelerator)  # this process's places in a rollout
     checkpoint = find_checkpoint(options, accelerator)
-    functions = load_rewards(options.rewards)
+    functions = options.functions  # name -> reward function, loaded with the options
     reward_weights = torch.tensor(options.reward_weights or [1.0] * len(functions))
     rows = open_rows(options, checkpoint)  # before the weights, which may have to be downloaded
     model, processor = load_for_training(options, checkpoint)

@@ -9,7 +9,7 @@ text or letter, or the open answer). Training adds accuracy and format with equa
 2. Without an `<answer>` tag the accuracy is 0. The paper's code searched free text for letters, so
    "I see a dog and a cat." counted as option (A).
 3. An answer that names two options is wrong, so listing all options does not pay.
-4. Doubled, nested and empty tags fail the format. A trailing newline does not.
+4. Doubled or nested tags and an empty answer fail the format. A trailing newline does not.
 """
 
 import re

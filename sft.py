@@ -6,7 +6,7 @@ whole update.
 How this differs from the paper's run and from its code:
 
 1. Upstream also trains on the prompt's tokens. Here only the answer's tokens count.
-2. It uses the forward pass of GRPO with one completion per prompt: the dataset's answer replaces
+2. The forward pass is that of GRPO with one completion per prompt: the dataset's answer replaces
    the sample, and every advantage is 1.
 3. Rows of similar length share a forward pass, so that little is spent on padding.
 
@@ -43,18 +43,16 @@ from rewards import accuracy_reward, is_correct
 
 @dataclass
 class SFTOptions(TrainingOptions):
-    max_steps: int = flag(120, "Updates", paper=1500, group="optimization", ge=1)
+    max_steps: int = flag(120, "Updates", paper=3750, group="optimization", ge=1)  # 2 * 15000 / 8
     learning_rate: float = flag(3e-4, "Peak learning rate of AdamW", paper=2e-5, ge=0)
     lr_schedule: Literal["linear", "cosine", "constant"] = flag(
         "linear", "Learning rate after the warm-up"
     )
-    warmup_ratio: float = flag(0.1, "Share of updates with a rising rate", paper=0.0, ge=0, le=1)
+    warmup_ratio: float = flag(0.1, "Share of updates that warm up", paper=0.0, ge=0, le=1)
     target: Literal["answer", "trace"] = flag(
         "answer", "The bare answer, or the row's `thinking` and the answer in tags", group="SFT"
     )
-    epochs: float | None = flag(
-        None, "Passes over the data, in place of --max_steps", paper=2, gt=0
-    )
+    epochs: float | None = flag(None, "Passes over the data, in place of --max_steps", gt=0)
     rows_per_update: int = flag(64, "Rows per update over all processes", paper=8, ge=1)
     rows_per_forward: int = flag(
         64, "Rows in one training forward; changes memory, not the result", paper=1, ge=1
@@ -122,6 +120,7 @@ def main() -> int | None:
     if options.epochs:
         rows_of_run = options.epochs * len(prompts.usable)
         options.max_steps = math.ceil(rows_of_run / options.rows_per_update)
+        options.epochs = None  # a resumed run may raise --max_steps
     logs = Logs(options, accelerator, model, prompts, step_of(checkpoint))
     policy, optimizer = prepare(Policy(model), options, accelerator, checkpoint)
     guarded_step = GuardedStep(policy, optimizer, options, accelerator)

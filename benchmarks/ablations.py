@@ -171,8 +171,8 @@ def table(results: dict) -> str:
         apart = differs(results, name)
         cells = [f"**{c}**" if k in apart else c for k, c in zip(COLUMNS, cells, strict=True)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    count = sum(bool(differs(results, name)) for name in results)
-    lines += ["", f"{count} of {len(results)} measured rows differ from the baseline."]
+    count, rows = sum(bool(differs(results, name)) for name in results), len(results) - 1
+    lines += ["", f"{count} of {rows} measured rows differ from the baseline."]
     if missing := [name for name in ROWS if name not in results]:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
     return "\n".join(lines)

@@ -4,9 +4,9 @@
     python benchmarks/habits.py --model outputs/base-model   # another one
     python benchmarks/habits.py --write                      # also into docs/toy-world.md
 
-Completions are sampled for held-out questions and sorted by `toy.world.habit_of`. "Asked to look
-again" is greedy: the model reads the scene itself, and when it wants to conclude, its text is
-continued with "wait, let me look again."
+Completions are sampled for held-out questions and sorted by `habit_of`. "Asked to look again" is
+greedy: the model reads the scene itself, and when it wants to conclude, its text is continued with
+"wait, let me look again."
 """
 
 import argparse
@@ -24,10 +24,19 @@ from core.qwen import load_policy  # noqa: E402
 from core.rollout import sample  # noqa: E402
 from data import build_prompt  # noqa: E402
 from rewards import accuracy_reward  # noqa: E402
-from toy.world import HABITS, ToyRows, habit_of  # noqa: E402
+from toy.world import HABITS, ToyRows  # noqa: E402
 
 LENGTH = 96
 AGAIN = " wait, let me look again."
+
+
+def habit_of(completion: str) -> str:
+    """Which of the `HABITS` a completion shows."""
+    if "<answer>" not in completion:
+        return "rambling"
+    if "wait" in completion:
+        return "looking again"
+    return "a hasty look" if completion.lstrip().startswith("look") else "guessing"
 
 
 def complete(model, processor, prompts: list[str], rows: list[dict], G: int, temperature: float):
@@ -89,8 +98,9 @@ def table(result: dict) -> str:
             for habit in HABITS
         ),
         "",
-        f"Greedy, the model is right in {result['greedy']:.2f} of 200 held-out questions. Asked to "
-        f"look again, it is right in {result['asked to look again']:.2f}.",
+        f"Greedy, the model is right in {result['greedy']:.2f} of 200 held-out questions. If its "
+        f"first look is continued with `{AGAIN.strip()}`, it is right in "
+        f"{result['asked to look again']:.2f}.",
     ]
     return "\n".join(lines)
 

@@ -124,7 +124,7 @@ def roads_table() -> str:
     names = {"base": "base", "sft": "+ SFT on answers", "grpo": "+ GRPO"}
     names["cold"] = "+ cold start + GRPO"
     columns = ["Count", "Relation", "Depth", "Distance", "all", "all, strict"]
-    lines = [f"| road | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| training | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for road, name in names.items():
         cells = []
         for column in columns:

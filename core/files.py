@@ -31,7 +31,7 @@ HELD_OUT = re.compile(  # a word in a path that says that the file is held out
 def locate(
     name: str, known: dict[str, tuple], data_path: Any = None
 ) -> tuple[list[Path], str, Sequence[str]]:
-    """Where a dataset's files are: paths, or if there are none a repository; and which to read.
+    """A dataset's local paths, its hub repository if there are none, and the patterns of its files.
 
     `known` has the hub repository and the files of each dataset that has a short name.
     """

@@ -149,9 +149,11 @@ def make_micro_batches(
         rows = (chosen[:, None] * G + torch.arange(G)).flatten()
         inputs = processor.collate([rollout.prompts[i].inputs for i in chosen])
         ids, mask = rollout.completion_ids[rows], rollout.completion_mask[rows]
-        token_tensors = weights, advantages.flatten(), rollout.sampling_logps
         batch = MicroBatch(
-            pack_groups(model, inputs, ids, mask), *(x[rows].to(device) for x in token_tensors)
+            packed=pack_groups(model, inputs, ids, mask),
+            weights=weights[rows].to(device),
+            advantages=advantages.flatten()[rows].to(device),
+            sampling_logps=rollout.sampling_logps[rows].to(device),
         )
         if reference is not None:
             with torch.no_grad(), accelerator.autocast():

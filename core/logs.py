@@ -97,14 +97,11 @@ class Logs:
 
     def metrics(self, metrics: dict) -> None:
         """Append one update's metrics, already averaged over all processes."""
-        metrics = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in metrics.items()
-        }
+        numbers = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        metrics = dict.fromkeys(metrics) | numbers  # JSON has no infinity and no NaN
         if self.main:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(metrics) + "\n")
-        numbers = {name: value for name, value in metrics.items() if value is not None}
         self.accelerator.log(numbers, step=metrics["step"])  # to the trackers
         names = ("loss", "reward", "rewards/accuracy", "completions/mean_length")
         shown = {name: f"{numbers[name]:.3g}" for name in names if name in numbers}
@@ -134,7 +131,7 @@ class Logs:
                 file.write(json.dumps(line) + "\n")
 
     def is_best(self, metrics: dict) -> bool:
-        """Whether this update has the highest held-out accuracy of the run so far."""
+        """Whether this update has the highest held-out accuracy so far. If so, remember it."""
         accuracy = metrics.get("eval/accuracy")
         if not metrics["step"] or accuracy is None or accuracy <= self.best[0]:
             return False

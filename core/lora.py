@@ -40,7 +40,7 @@ class LoraLinear(nn.Module):
 def add_adapters(model: nn.Module, rank: int, seed: int, dtype: torch.dtype) -> None:
     """Freeze a Qwen-VL in `dtype` and add adapters to the linear layers of its language model.
 
-    The adapters are float32 and depend on the seed alone. Rank 0 changes nothing.
+    The adapters are float32 and depend on the seed alone. With `rank` 0 the model stays as it is.
     """
     if rank == 0:
         return

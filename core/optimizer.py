@@ -16,7 +16,7 @@ PATIENCE = 5  # updates in a row with a non-finite loss or gradient before the r
 def prepare(
     policy: nn.Module, options: TrainingOptions, accelerator: Accelerator, checkpoint: Path | None
 ):
-    """The policy and AdamW, wrapped for this process and, on resuming, as they were."""
+    """Make AdamW, wrap it and the policy, and on resuming load the checkpoint's state."""
     optimizer = torch.optim.AdamW(
         [p for p in policy.parameters() if p.requires_grad],
         lr=options.learning_rate,

@@ -61,10 +61,10 @@ class StageOptions:
         "auto", "Defaults of all flags; auto: toy for a toy model or dataset", group="run"
     )
     config: str | None = flag(None, "YAML file of flags, or the config.json of an earlier run")
-    output_dir: str | None = flag(None, "Folder of the run; default outputs/<stage>-<dataset>")
+    output_dir: str | None = flag(None, "Folder to write; default outputs/<stage>-<dataset>")
     resume: bool = flag(False, "Continue from the newest checkpoint in the run's folder")
     overwrite: bool = flag(False, "Delete the run that the folder holds and start again")
-    seed: int = flag(0, "Order of the data and every sample", paper=42, ge=0, le=2**63 - 1)
+    seed: int = flag(0, "Seed of the data order and of sampling", paper=42, ge=0, le=2**63 - 1)
     precision: Literal["auto", "bf16", "fp32"] = flag(
         "auto", "Compute precision over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU"
     )
@@ -83,7 +83,7 @@ class TrainingOptions(StageOptions):
     lr_schedule: Literal["linear", "cosine", "constant"] = flag(
         "constant", "Learning rate after the warm-up", paper="linear"
     )
-    warmup_ratio: float = flag(0.75, "Share of updates with a rising rate", paper=0.0, ge=0, le=1)
+    warmup_ratio: float = flag(0.75, "Share of updates that warm up", paper=0.0, ge=0, le=1)
     weight_decay: float = flag(0.0, "Weight decay of AdamW", ge=0)
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 does not clip", ge=0)
     freeze: Literal["none", "vision", "language"] = flag("none", "Part that is not trained")
@@ -92,7 +92,7 @@ class TrainingOptions(StageOptions):
 
     eval_rows: int = flag(200, "Held-out questions", ge=1, group="evaluation and checkpoints")
     eval_steps: int = flag(10, "Updates between evaluations; 0: never evaluate", paper=100, ge=0)
-    save_steps: int = flag(40, "Updates between checkpoints; 0: only at the end", paper=100, ge=0)
+    save_steps: int = flag(40, "Updates between checkpoints; 0: none, only final/", paper=100, ge=0)
     save_total_limit: int = flag(2, "Checkpoints to keep; 0 keeps all", ge=0)
     log_with: str | None = flag(None, "Tracker known to accelerate: tensorboard, wandb, …")
 
@@ -252,10 +252,10 @@ def parse_options(options_class: type, description: str | None = None, argv=None
 
 
 def choose_recipe(given: dict, dataset: str) -> tuple[str, str]:
-    """The recipe, and why. `dataset` is the one that holds, given or not."""
+    """The recipe, and why. `dataset` is the given one or the stage's default."""
     recipe, model = given.get("recipe", "auto"), given.get("model")
     if recipe != "auto":
-        return recipe, "given by hand"
+        return recipe, "given by a flag or a config file"
     if model == "toy" or (model is None and dataset == "auto"):
         return "toy", "the model is the toy model"
     if model and (made_by := run_config(model)).get("recipe"):
@@ -266,7 +266,7 @@ def choose_recipe(given: dict, dataset: str) -> tuple[str, str]:
 
 
 def run_config(folder: str | Path) -> dict:
-    """What the run that saved this model folder was told, or nothing."""
+    """The options of the run that saved this model folder, or {}."""
     path = Path(folder) / "run_config.json"
     try:
         return json.loads(path.read_text()) if path.exists() else {}

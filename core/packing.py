@@ -1,10 +1,9 @@
 """Groups as one sequence [ prompts | completions ]: the plan, the attention, log-probabilities.
 
-All G completions of a group share the prompt, and with a vision-language model the prompt, mostly
-its image, is most of the tokens. A packed sequence holds each prompt once. Every completion attends
-to its prompt and to itself, and its positions start at the prompt's end, as if the other
-completions were not there. The result is exact. (Shared-prefix forward: Prefix Grouper, arXiv
-2506.05433.)
+All G completions of a group share the prompt. Without packing, its image and text would be computed
+G times. A packed sequence holds each prompt once. Every completion attends to its prompt and to
+itself, and its positions start at the prompt's end, as if the other completions were not there. The
+result is exact. (Shared-prefix forward: Prefix Grouper, arXiv 2506.05433.)
 
 Letters: B prompts, G completions per prompt, P prompt length, C completion length, T tokens of the
 packed sequence, N completion tokens among them, V vocabulary. Rows are prompt-major: b * G + g.
@@ -65,7 +64,7 @@ def pack_groups(
     the right. Everything is computed from lengths on the CPU and moved to the model's device once,
     so that the forward pass never waits for the device.
     """
-    use_packed_attention(model)
+    use_packed_attention(model)  # for a model that `load_policy` did not load
     inputs = {name: x.cpu() for name, x in prompt_inputs.items()}
     prompt_mask = inputs["attention_mask"].bool()  # (B, P), padded on the left
     positions, start = get_positions(model, inputs)
@@ -106,17 +105,12 @@ def plan_images(model: nn.Module, prompt_inputs: dict) -> dict[str, Tensor]:
         return {}
     tower, grid = model.model.visual, prompt_inputs["image_grid_thw"]
     plan = {name: prompt_inputs[name] for name in ("pixel_values", "image_grid_thw")}
-    plan["image_position_ids"] = get_vision_position_ids(grid, tower.spatial_merge_size)
+    merge = tower.spatial_merge_size
+    plan["image_position_ids"] = get_vision_position_ids(grid, merge)
     if hasattr(tower, "num_grid_per_side"):  # Qwen3-VL interpolates learned positions
-        plan["image_interp_indices"], plan["image_interp_weights"] = (
-            get_vision_interpolation_indices_and_weights(
-                grid,
-                tower.num_grid_per_side,
-                tower.interpolation_mode,
-                tower.interpolation_align_corners,
-                tower.spatial_merge_size,
-            )
-        )
+        how = tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners
+        corners = get_vision_interpolation_indices_and_weights(grid, *how, merge)
+        plan["image_interp_indices"], plan["image_interp_weights"] = corners
     return plan
 
 

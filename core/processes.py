@@ -68,7 +68,7 @@ def launch(main: Callable[[], int | None]) -> None:
 
 
 def start_accelerator(options: StageOptions) -> Accelerator:
-    """bf16 over fp32 weights on GPUs, fp32 on CPUs, unless `--precision` says otherwise.
+    """Accelerate with bf16 over fp32 weights on GPUs, fp32 on CPUs, or what `--precision` says.
 
     (`accelerate launch` always passes a precision, "no" by default, so it is not asked.)
     Raises UserError if the launcher started more processes than accelerate sees, or if the tracker
@@ -80,7 +80,8 @@ def start_accelerator(options: StageOptions) -> Accelerator:
     warnings.filterwarnings("ignore", category=FutureWarning)
     # accelerate would divide every loss by it
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-    gpu = torch.accelerator.is_available()
+    # A Mac's GPU is not used: it has no float64, in which tokens are drawn.
+    gpu = torch.accelerator.is_available() and not torch.backends.mps.is_available()
     bf16 = options.precision == "bf16" or (options.precision == "auto" and gpu)
     log_with = getattr(options, "log_with", None)
     installed = ["all", *map(str, get_available_trackers())]
@@ -117,7 +118,9 @@ def set_up_cpu(accelerator: Accelerator) -> None:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and torch.get_num_threads() == 1:  # the launcher's default, not a choice
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+        can_ask = hasattr(os, "sched_getaffinity")  # on Linux only
+        cores = len(os.sched_getaffinity(0)) if can_ask else os.cpu_count()
+        torch.set_num_threads(max(1, cores // local_processes))
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate shards on GPUs only and forgets the type in `prepare` unless both hold it
         accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP

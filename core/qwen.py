@@ -238,7 +238,7 @@ def load_reference(options: TrainingOptions, accelerator: Accelerator) -> nn.Mod
 def locate_checkpoint(
     name: str, revision: str | None, files: Sequence[str] = FILES
 ) -> tuple[Path, str | None]:
-    """A Qwen-VL's folder, and the commit on the hub that it or its training started from.
+    """A Qwen-VL's folder, and the hub commit of its weights or of those that its run started from.
 
     Only `files` are downloaded. Raises UserError if there is no such model.
     """

@@ -12,6 +12,8 @@ def load_rewards(names: Sequence[str]) -> dict[str, Callable[[str, dict], float]
     """Reward functions by name. `path/to/file.py:function` is a user's own."""
     functions = {}
     for name in names:
+        if name in functions:
+            raise UserError(f"argument --rewards: {name} is given twice; see --reward_weights")
         path, _, function = name.rpartition(":")
         if name in REWARDS:
             functions[name] = REWARDS[name]

@@ -138,7 +138,6 @@ PARTS = {"third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth"
 UNITS = {"sec": "s", "second": "s", "minute": "min", "hr": "h", "hour": "h", "foot": "ft"}
 UNITS |= {"feet": "ft", "inche": "inch", "mile": "mi", "kilo": "kg", "kg": "kg", "min": "min"}
 
-
 FOLD = str.maketrans("’º˚。÷−–‐‑", "'°°./----", "\u200b\ufeff")
 # The "a" of "a chair", "a 3D view" and of a text cut off after "there is a" is no option's letter.
 # It is one in "a", "option a", "A is closer", "A or B" and "A left".

@@ -80,7 +80,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, mask, beta=BETA, epsilon=
         loss[t]  = -min(ratio[t] * A, clip(ratio[t], 1 - epsilon, 1 + epsilon) * A) + beta * KL[t]
 
     The loss starts at 0. In the first update after a rollout pi equals pi_old, so every ratio is
-    1 and the loss is minus the mean advantage, 0. The gradient is that of -A * logp, which is not.
+    1 and the loss is minus the mean advantage, 0. Its gradient, that of -A * logp, is not 0.
 
     The clip limits what one rollout can change. Once a token of a good completion has become more
     than 1 + epsilon times as likely as when it was drawn (a bad one: less than 1 - epsilon times),

@@ -339,6 +339,19 @@ def test_rescoring_needs_options_answer_and_response_only(world, evaluate, refer
     assert (scores["accuracy"], scores["accuracy_lenient"]) == (0, 1)
 
 
+def test_a_line_without_a_response_is_named_and_a_mistake_in_the_code_keeps_its_traceback(
+    evaluate, monkeypatch, tmp_path
+):
+    path = tmp_path / "responses.jsonl"
+    path.write_text(json.dumps({"options": [], "answer": "3"}))
+    code, _, error = evaluate("mistake", "--rescore", path)
+    assert code == 1 and f"{path}: KeyError('response')" in error and error.count("\n") == 1
+    path.write_text(json.dumps({"options": [], "answer": "3", "response": "3"}))
+    monkeypatch.setattr(eval_cvbench, "is_correct", lambda *_: {}["typo"])
+    with pytest.raises(KeyError, match="typo"):
+        evaluate("mistake", "--rescore", path)
+
+
 def test_comparing_prints_mean_and_spread_over_seeds(reference, evaluate, tmp_path):
     for name, share in (("road-0", 0.5), ("road-1", 0.6), ("base", 0.1)):
         (tmp_path / name).mkdir()

@@ -52,8 +52,20 @@ def test_the_recipe_is_the_toys_for_a_toy_model_or_dataset_and_else_the_papers()
     assert (options.recipe, options.learning_rate, options.max_steps) == ("paper", 1e-6, 1500)
     assert (options.model, options.beta, options.seed) == ("Qwen/Qwen2-VL-2B", 0.04, 42)
     assert parse("--dataset", "sat", "--beta", 0, "--seed", 1).beta == 0, "flags win"
-    by_hand = parse("--recipe", "paper")
-    assert (by_hand.lr_schedule, by_hand.recipe_reason) == ("linear", "given by hand")
+    given = parse("--recipe", "paper")
+    assert given.lr_schedule == "linear"
+    assert given.recipe_reason == "given by a flag or a config file"
+
+
+def test_sft_makes_the_papers_two_passes_over_sat_unless_a_flag_says_otherwise():
+    options = parse("--dataset", "sat", options=SFTOptions)
+    assert options.max_steps * options.rows_per_update == 2 * 15_000
+    options = parse("--dataset", "sat", "--max_steps", 100, options=SFTOptions)
+    assert (options.max_steps, options.epochs) == (100, None), "epochs would win over max_steps"
+
+
+def test_a_reward_that_is_given_twice_is_refused(capsys):
+    assert "accuracy is given twice" in refused(capsys, "--rewards", "accuracy", "accuracy")
 
 
 def test_the_recipe_is_inherited_from_the_run_that_made_the_model_folder(tmp_path):

@@ -284,6 +284,24 @@ def test_a_launch_that_accelerate_did_not_notice_is_refused(monkeypatch):
         start_accelerator(GRPOOptions())
 
 
+def test_a_mac_trains_on_all_cores_of_its_cpu():
+    """MPS has no float64, and macOS cannot say which cores a process may use."""
+    code = """if True:
+        import os, torch
+        from core.processes import start_accelerator
+        from grpo import GRPOOptions
+        torch.accelerator.is_available = torch.backends.mps.is_available = lambda: True
+        del os.sched_getaffinity
+        torch.set_num_threads(1)
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # from `accelerate launch`
+        accelerator = start_accelerator(GRPOOptions())
+        print(accelerator.device.type, accelerator.mixed_precision)
+        print(torch.get_num_threads() == os.cpu_count())
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["cpu", "no", "True"], done.stderr
+
+
 def test_two_machines_give_the_run_of_one(model, runs, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.2", 0))

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.habits import measure
+from benchmarks.habits import habit_of, measure
 from core.qwen import load_policy
 from rewards import accuracy_reward, format_reward, reflects
 from toy import base_model
-from toy.world import GRID, HABITS, TASKS, ToyRows, conclude, habit_of, list_readings, see, write
+from toy.world import GRID, HABITS, TASKS, ToyRows, conclude, list_readings, see, write
 
 ROOT = Path(__file__).resolve().parent.parent
 

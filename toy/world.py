@@ -191,15 +191,6 @@ def write(habit: str, question: Question, scene: list[Thing], rng: random.Random
     return f"{thinking} so {notes}. so {answer}.</think><answer>{answer}</answer>"
 
 
-def habit_of(completion: str) -> str:
-    """Which of the `HABITS` a completion shows."""
-    if "<answer>" not in completion:
-        return "rambling"
-    if "wait" in completion:
-        return "looking again"
-    return "a hasty look" if completion.lstrip().startswith("look") else "guessing"
-
-
 # --- rows ----------------------------------------------------------------------------------------
 
 
