@@ -34,7 +34,7 @@ def test_the_notebook_trains_and_draws_its_picture(tmp_path):
     """Its code cells one after the other, with few updates, from the folder that it lies in."""
     folder = copy_of_repository(tmp_path)
     code = code_of(folder / NOTEBOOK)
-    code, changed = re.subn(r"^UPDATES = 200$", "UPDATES = 2", code, flags=re.MULTILINE)
+    code, changed = re.subn(r"^UPDATES = 230$", "UPDATES = 2", code, flags=re.MULTILINE)
     code, also = re.subn(r"^FLAGS = \[", 'FLAGS = ["--eval_rows", "8", ', code, flags=re.MULTILINE)
     assert changed == also == 1
     done = subprocess.run(
