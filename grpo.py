@@ -226,7 +226,7 @@ def grpo_loss(
 def score(rollout: Rollout, functions: dict[str, Callable]) -> Tensor:
     """Every reward of every completion: (b, G, R).
 
-    A <think> at the end of the prompt is put in front of the completion before it is scored.
+    A tag that ends the prompt, such as <think>, is put in front of the completion first.
     """
     G, rewards = len(rollout.completions) // len(rollout.prompts), []
     for row, completion in enumerate(rollout.completions):

@@ -109,8 +109,8 @@ def plan_images(model: nn.Module, prompt_inputs: dict) -> dict[str, Tensor]:
     plan["image_position_ids"] = get_vision_position_ids(grid, merge)
     if hasattr(tower, "num_grid_per_side"):  # Qwen3-VL interpolates learned positions
         how = tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners
-        corners = get_vision_interpolation_indices_and_weights(grid, *how, merge)
-        plan["image_interp_indices"], plan["image_interp_weights"] = corners
+        interpolation = get_vision_interpolation_indices_and_weights(grid, *how, merge)
+        plan["image_interp_indices"], plan["image_interp_weights"] = interpolation
     return plan
 
 

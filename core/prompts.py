@@ -109,7 +109,7 @@ class Prompts:
             raise UserError(f"no held-out row can be used: {skipped_report([*unfit.values()])}")
         own = usable[state.process_index :: state.num_processes]
         self.held_out = [processor.prompt(held_out[i], self.style) for i in own]
-        # One OpenMP thread: a second team of them would slow down every operation of the main one.
+        # One OpenMP thread: a second team would slow down every operation of the main thread.
         self.thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self.ahead = {}
 
