@@ -26,7 +26,7 @@ from core.options import show  # noqa: E402
 from grpo import GRPOOptions  # noqa: E402
 
 KEPT = ROOT / "assets" / "demo"
-SEEDS = (0, 1, 2, 5, 6, 7)  # not tuned on 5, 6 and 7
+SEEDS = (0, 1, 2, 5, 6, 7)  # the recipe was tuned in an earlier version of the world
 WINDOW = 10  # updates that a sampled metric is averaged over
 PRECISION = {  # metric -> heading; means over the last ten updates
     "eval/accuracy": "held-out accuracy",

@@ -29,7 +29,7 @@ G, MAX_C, UPDATES, LEARNING_RATE, BETA = 8, 96, 4, 5e-5, 0.04
 
 
 def find_group(model, processor):
-    """The first training question for which a guess was right, a look was right, a guess was wrong.
+    """The first training question for which every look was right, one guess right and one wrong.
 
     At most one completion may be ill-formed. Returns the row, the completions as token ids and mask
     (G, C) and as text, and their scores for accuracy and format (G, 2).
@@ -41,7 +41,8 @@ def find_group(model, processor):
         scores = [[f("<think>" + t, row) for f in (accuracy_reward, format_reward)] for t in texts]
         kinds = {(text.split()[0], *score) for text, score in zip(texts, scores, strict=True)}
         wanted = {("so", 1.0, 1.0), ("look:", 1.0, 1.0), ("so", 0.0, 1.0)}
-        if wanted <= kinds and sum(well_formed for _, well_formed in scores) >= G - 1:
+        unwanted = ("look:", 0.0, 1.0) in kinds
+        if wanted <= kinds and not unwanted and sum(form for _, form in scores) >= G - 1:
             return row, ids, mask, texts, torch.tensor(scores)
     raise RuntimeError("no question has such a group")
 

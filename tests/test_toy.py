@@ -95,12 +95,12 @@ def test_the_place_of_the_right_option_is_no_hint():
     assert 0.45 < sum(places) / len(places) < 0.55
 
 
-def test_a_hasty_look_misses_exactly_the_last_object():
+def test_a_hasty_look_sees_exactly_the_first_three_of_four_objects():
     for scene, question, rng in drawn():
-        assert [*see(scene), scene[-1]] == scene
+        assert see(scene) == scene[:3] and len(scene) == 4
         hasty = write("a hasty look", question, scene, rng)
-        assert hasty.startswith(list_readings(scene[:-1]) + " so ")
-        assert scene[-1].reading not in hasty
+        assert hasty.startswith(f"look: {list_readings(scene[:3])} so ")
+        assert scene[3].reading not in hasty
 
 
 def test_a_hasty_look_is_right_whenever_the_question_needs_only_what_it_sees():
@@ -109,9 +109,9 @@ def test_a_hasty_look_is_right_whenever_the_question_needs_only_what_it_sees():
         answers = {conclude(question, see(scene), random.Random(i))[1] for i in range(20)}
         needed = [thing for thing, _ in question.evidence]
         if question.task == "Count":
-            counted = sum(question.counted in thing.name.split() for thing in scene[:-1])
+            counted = sum(question.counted in thing.name.split() for thing in scene[:3])
             assert answers == {str(counted)}
-        elif scene[-1] in needed:
+        elif scene[3] in needed:
             incomplete += 1
             assert answers == set(question.options)  # a guess
         else:
@@ -121,12 +121,14 @@ def test_a_hasty_look_is_right_whenever_the_question_needs_only_what_it_sees():
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_looking_again_is_always_right_and_well_formed(split):
+def test_looking_again_reads_every_object_and_is_always_right_and_well_formed(split):
     for scene, question, rng in drawn(split):
         completion = "<think>" + write("looking again", question, scene, rng)
         row = {"options": question.options, "answer": question.answer, "question": question.text}
         assert accuracy_reward(completion, row) == format_reward(completion, row) == 1.0
-        assert scene[-1].reading in completion
+        first, again = completion.split(" wait, let me look again. ")
+        assert first == f"<think>look: {list_readings(scene[:3])}"
+        assert again.startswith(f"{list_readings(scene[3:])} so ")
 
 
 @pytest.mark.parametrize("habit", HABITS)

@@ -30,7 +30,7 @@ from data import STYLES, build_prompt
 from toy.world import CELL, GRID, HABITS, ToyRows, write
 
 LOOKING = (0, 0, 1, 2)  # weights of the HABITS while looking is learned
-MIXTURE = (0.27, 0.52, 0.17, 0.04)  # and at the end
+MIXTURE = (0.25, 0.50, 0.20, 0.05)  # and at the end
 LOOKING_SHARE = 0.8  # of the updates
 ROWS = 64  # completions per update
 

@@ -1,7 +1,7 @@
 """The toy world: drawn scenes, CV-Bench's four kinds of questions, and four habits of answering.
 
 A scene is a grid of 3 x 3 cells, 28 pixels wide each, so that one cell is one merged visual token.
-Three to five of them hold an object. The questions are Count, Relation (left, right, above, below),
+Four of them hold an object. The questions are Count, Relation (left, right, above, below),
 Depth (large means near) and Distance (in steps on the grid).
 
 The text reads an object as "red square 2 1 large": a large red square in column 2, row 1, counted
@@ -12,8 +12,8 @@ internet put habits into Qwen2-VL-2B:
 
     rambling        HTML, or the question repeated; no tags
     guessing        "so left." and a random option
-    a hasty look    reads the objects in raster order and misses the last one, then concludes
-    looking again   the same, then "wait, let me look again.", the missed object, the conclusion
+    a hasty look    reads the first three objects in raster order, then concludes
+    looking again   the same, then "wait, let me look again.", the fourth object, the conclusion
 
 GRPO is told nothing about them. It has to find out which of them pays.
 """
@@ -29,6 +29,7 @@ COLOURS = {"red": "#d62728", "green": "#2ca02c", "blue": "#1f77b4", "yellow": "#
 SHAPES = ("square", "circle", "triangle")
 TASKS = ("Count", "Relation", "Depth", "Distance")
 GRID, CELL = 3, 28
+OBJECTS, SEEN = 4, 3  # in a scene, and by a hasty look
 
 HABITS = ("rambling", "guessing", "a hasty look", "looking again")
 RAMBLINGS = (
@@ -67,10 +68,9 @@ class Thing:
 
 
 def draw_scene(rng: random.Random) -> list[Thing]:
-    """3 to 5 objects of different kinds in different cells, in raster order."""
-    count = rng.randint(3, 5)
-    cells = sorted(rng.sample(range(GRID * GRID), count))
-    kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
+    """Objects of different kinds in different cells, in raster order."""
+    cells = sorted(rng.sample(range(GRID * GRID), OBJECTS))
+    kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], OBJECTS)
     return [
         Thing(*kind, x=cell % GRID + 1, y=cell // GRID + 1, large=rng.random() < 0.5)
         for cell, kind in zip(cells, kinds, strict=True)
@@ -95,7 +95,7 @@ def render(scene: list[Thing]) -> Image.Image:
 
 
 def list_readings(things: list[Thing]) -> str:
-    return "look: " + " ".join(f"{thing.reading}." for thing in things)
+    return " ".join(f"{thing.reading}." for thing in things)
 
 
 def is_held_out(scene: list[Thing]) -> bool:
@@ -153,8 +153,8 @@ def ask(task: str, scene: list[Thing], rng: random.Random) -> Question | None:
 
 
 def see(scene: list[Thing]) -> list[Thing]:
-    """What a hasty look sees: all but the last object in raster order."""
-    return scene[:-1]
+    """What a hasty look sees: the first objects in raster order."""
+    return scene[:SEEN]
 
 
 def conclude(question: Question, seen: list[Thing], rng: random.Random) -> tuple[str, str]:
@@ -183,10 +183,10 @@ def write(habit: str, question: Question, scene: list[Thing], rng: random.Random
         answer = rng.choice(question.options)
         return f"so {answer}.</think><answer>{answer}</answer>"
     seen = see(scene)
-    thinking = list_readings(seen)
+    thinking = f"look: {list_readings(seen)}"
     if habit == "looking again":
+        thinking += f" wait, let me look again. {list_readings(scene[SEEN:])}"
         seen = scene
-        thinking += f" wait, let me look again. {scene[-1].reading}."
     notes, answer = conclude(question, seen, rng)
     return f"{thinking} so {notes}. so {answer}.</think><answer>{answer}</answer>"
 
