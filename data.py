@@ -127,6 +127,8 @@ def _unify(record: dict, name: str) -> dict:
         ask = "Is the following statement about the image true or false? "
         record = record | {"question": ask + _text(record, "caption"), "options": ["True", "False"]}
         record["answer"] = {"0": "False", "1": "True"}.get(str(record.get("label")))
+    if {"choices", "lecture"} <= record.keys():  # ScienceQA's answer counts from 0
+        record = record | {"answer": dict(enumerate(record["choices"] or ())).get(record["answer"])}
     columns = {field: field for field in FIELDS} | _layout(record.keys())
     hidden = (*FIELDS, *files.IMAGE_COLUMNS, *files.NUMBERED_IMAGES, "wording")
     row = {column: value for column, value in record.items() if column not in hidden}

@@ -21,6 +21,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -146,7 +147,7 @@ def evaluate(options: EvalOptions) -> None:
         style = trained.get("style_used", processor.default_style)
     settings["style_used"] = style
     settings["weights"] = sum(int(p.view(torch.int16).sum()) for p in model.parameters())
-    done = open_responses(path, settings, options.overwrite) if rank == 0 else []
+    done = open_responses(path, settings, options.overwrite, rows) if rank == 0 else []
     done, size, k = set(gather_object(done)), options.batch_size, options.samples
     limits = (options.max_completion_length, options.temperature)
     order = [i for i in range(len(rows)) if i not in bad]  # not ids, which may repeat
@@ -181,22 +182,29 @@ def refuse_other(path: Path, settings: dict, overwrite: bool) -> None:
         raise UserError(f"{path}: made with other {', '.join(other)}; --overwrite deletes it")
 
 
-def open_responses(path: Path, settings: dict, overwrite: bool) -> list[int]:
-    """The places already answered."""
+def open_responses(path: Path, settings: dict, overwrite: bool, rows: Sequence[dict]) -> list[int]:
+    """The places already answered. Raises UserError if the answers are to other questions."""
     refuse_other(path, settings, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = path.read_text() if path.exists() and not overwrite else ""
     text = text[: text.rfind("\n") + 1]  # without a line that was cut short
+    records = [json.loads(line) for line in text.splitlines()]
+    for record in records:
+        row = rows[record["place"]] if record["place"] < len(rows) else {}
+        if any(row.get(key) != record[key] for key in ("question", "options", "answer")):
+            raise UserError(f"{path}: made with other questions; --overwrite deletes it")
     write_whole(path, text)
     write_whole(path.with_name("eval_config.json"), json.dumps(settings, indent=2) + "\n")
     print(*(f"{name}: {value}" for name, value in settings.items()), sep="\n", flush=True)
-    return [json.loads(line)["place"] for line in text.splitlines()]
+    return [record["place"] for record in records]
 
 
 def read_responses(path: Path) -> list[dict]:
-    """The records of a responses.jsonl. Raises KeyError if one lacks what a score needs."""
-    records, needed = path.read_text().splitlines(), ("options", "answer", "response")
-    return [record | {key: record[key] for key in needed} for record in map(json.loads, records)]
+    """The records of a responses.jsonl. Raises KeyError or ValueError if a score needs more."""
+    if not (records := [json.loads(line) for line in open(path)]):
+        raise ValueError("it holds no responses")
+    needed = "options", "answer", "response"
+    return [record | {key: record[key] for key in needed} for record in records]
 
 
 def publish(path: Path, records: list[dict], skipped: list[str]) -> None:
@@ -218,12 +226,12 @@ def compare(names: list[str]) -> None:
         row |= {"all": scores["accuracy_lenient"], "official": scores["official_lenient"]}
         row = {column: 100 * share for column, share in row.items() if share is not None}
         groups[folder] = [row]
-        seeds.setdefault(re.sub("-[0-9]+$", "-*", folder), []).append(row)
+        seeds.setdefault(re.sub("(?<!checkpoint)-[0-9]+$", "-*", folder), []).append(row)
     groups |= {road: rows for road, rows in seeds.items() if len(rows) > 1}
     for name, rows in groups.items():
         print(name.ljust(max(map(len, groups))), end="")
         for column in rows[0]:
-            values = [row[column] for row in rows]
+            values = [row[column] for row in rows if column in row]
             spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
             print(f"  {column} {fmean(values):.1f}{spread}".ljust(22), end="")
         print()

@@ -62,10 +62,11 @@ REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "length": lengt
 def is_correct(answer_text: str, row: dict) -> bool:
     """Whether `answer_text`, without its tags, states the row's answer and no other.
 
-    Options are compared by index, open answers that begin with a number by value and unit, and
-    other open answers by their words.
+    Options, letters and yes or no are compared by index, open answers that begin with a number by
+    value and unit, and other open answers by their words.
     """
     options, answer = list(row.get("options") or []), row["answer"]
+    options = options or next((few for few in CLOSED if words(answer).strip(" .") in few), [])
     if len(answer_text) > 200 + max(map(len, [answer, *options])):
         return False  # an essay
     right = stated_option(answer, options)
@@ -159,7 +160,8 @@ def stated_value(text: str) -> str | None:
 
 
 NAMED = " # "  # replaces the name of an option in a text
-FILLER = re.compile(r" (?:a|final|answer|option|is|it|\.) ")
+FILLER = re.compile(r" (?:final|answer|option|is|it|\.) ")
+CLOSED = ([*"abcdefgh"], ["yes", "no"], ["true", "false"])  # open answers, judged like options
 # The letter in "A: cup", "a) cup", "(a) cup", "[A] cup", "A.cup", "A - cup", "Option A: cup" and
 # where it is all, but none in "A: B". The digit in "1. cup", but none in "1.5 m".
 OWN_LETTER = re.compile(

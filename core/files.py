@@ -24,8 +24,9 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ALL = ("*.parquet", "*.jsonl")
 HELD_OUT = re.compile(  # a word in a path that says that the file is held out
     "(?:mini)?(?:val(?:id(?:ation)?)?|dev|eval(?:uation)?|test(?:ing)?|hold(?:out)?|held(?:out)?)"
-    "(?:mini|dev|test|std|[a-z])?"
+    "(?:mini|dev|test|std|set|data|split|[a-z])?"
 )
+TRAIN = re.compile("train(?:ing)?(?:set|data|split)?")
 
 
 def locate(
@@ -79,7 +80,7 @@ def split_files(
             if "/." not in name and any(map(file.match, patterns if name else ALL)):
                 words = re.findall("[a-z]+", name)
                 ranks = [("test" in w, "mini" not in w, w) for w in words if HELD_OUT.fullmatch(w)]
-                train = "train" if {"train", "training"} & set(words) else ""
+                train = "train" if any(map(TRAIN.fullmatch, words)) else ""
                 found.setdefault(min(ranks, default=train), []).append((name.count("/"), file))
     for kind, files in found.items():
         found[kind] = [file for depth, file in files if depth == min(files)[0]]
@@ -152,7 +153,8 @@ def _records(path: str) -> Iterator[dict]:
 
 # --- images --------------------------------------------------------------------------------------
 
-IMAGE_COLUMNS = ("images", "image_bytes", "image", "image_path", "image_paths", "img")
+IMAGE_COLUMNS = "images image_bytes decoded_image image image_path image_paths img".split()
+IMAGE_COLUMNS += ["file_name"]  # of an image folder's metadata.jsonl
 NUMBERED_IMAGES = tuple(f"image_{n}" for n in range(1, 10))
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS, which runs a program
 FORMATS += ["AVIF"] if pillow_reads("avif") else []

@@ -16,7 +16,8 @@ from unicodedata import normalize
 MAX_TEXT = 5000  # characters; only the two ends of a longer text are read
 
 NEGATION = re.compile(
-    " (?:not|no|never|neither|nor|none|non|except|instead|opposite|wrong|incorrect|false|не) "
+    " (?:not|no|never|neither|nor|none|non|except|instead|opposite|wrong|incorrect|false|не|nicht"
+    "|keine?|pas|jamais|nunca|não) "
 )
 # Beside one of these a number is not the value: "3 + x", "more than 3", "sin 30".
 VOIDS_NUMBER = re.compile(
@@ -31,7 +32,7 @@ def words(text: str) -> str:
     """`text` as words, in the format that the top of this file describes."""
     if len(text) > MAX_TEXT:
         text = text[: MAX_TEXT // 2] + "\n" + text[-MAX_TEXT // 2 :]
-    text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", text.translate(FOLD))
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", r"^{\g<0>}", text.translate(FOLD)).replace("⁻", "-")
     text = re.sub(r"[^\S\n]+", " ", re.sub(r"(?<=\d)[¼-¾⅐-⅞]", r" \g<0>", text))
     # Character by character: normalising a whole text is quadratic in its combining marks.
     folded = {ord(c): folded for c in set(text) if len(folded := normalize("NFKC", c)) <= 3}
@@ -48,7 +49,7 @@ def values(text: str) -> list[tuple[str, str]]:
     for sentence in text.split(" . "):
         void = VOIDS_NUMBER.search(sentence)
         for number, unit in VALUE.findall(sentence):
-            unit = re.sub(r"(?<=\w\w\w)s\b", "", " ".join(unit.split()))  # without the plural
+            unit = re.sub(PLURAL, "", " ".join(unit.split()))
             found.append(("nan" if void or "?" in number else number, unit))
     return found
 
@@ -111,13 +112,19 @@ ONES = "zero one two three four five six seven eight nine ten eleven twelve thir
 ONES = f"{ONES} fifteen sixteen seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {word: i for i, word in enumerate(ONES)} | {w: 10 * i for i, w in enumerate(TENS, 2)}
-NUMBERS |= dict(zip("一二三四五六七八九十两", [*range(1, 11), 2], strict=True))
+ONES_ZH = "一二三四五六七八九"
+NUMBERS |= {digit: i for i, digit in enumerate(ONES_ZH, 1)} | {"两": 2}
+NUMBERS |= {
+    f"{tens}十{ones}": 10 * NUMBERS.get(tens, 1) + NUMBERS.get(ones, 0)
+    for tens in ["", *ONES_ZH]
+    for ones in ["", *ONES_ZH]
+}
 LARGE = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 SMALL = rf"(?:(?:{'|'.join(TENS)})[- ](?:{'|'.join(ONES[1:10])})|{'|'.join([*ONES, *TENS])})\b"
 TIMES = rf"(?:(?:{SMALL}|\d+(?:\.\d+)?) )?(?:{'|'.join(LARGE)})\b"
 NUMBER_WORDS = (
     rf"\b(?:{TIMES}(?:,? (?:and )?{TIMES})*(?: (?:and )?{SMALL})?|{SMALL})"
-    "|[一二三四五六七八九十两](?=[个只张条把辆本块位])"
+    rf"|(?:[{ONES_ZH}]?十[{ONES_ZH}]?|[{ONES_ZH}两])(?=[个個只隻张張条把辆本块位匹棵])"
 )
 
 
@@ -134,11 +141,14 @@ def _digits(match: re.Match) -> str:
     return f"{total + part:.15g}"
 
 
-PARTS = {"third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+PARTS = {"halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7}
+PARTS |= {"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12}
 UNITS = {"sec": "s", "second": "s", "minute": "min", "hr": "h", "hour": "h", "foot": "ft"}
 UNITS |= {"feet": "ft", "inche": "inch", "mile": "mi", "kilo": "kg", "kg": "kg", "min": "min"}
 
 FOLD = str.maketrans("’º˚。÷−–‐‑", "'°°./----", "\u200b\ufeff")
+FOLD |= {zero + i: str(i) for zero in map(ord, "٠۰०") for i in range(10)}  # digits of other scripts
+PLURAL = re.compile(r"(?:(?<=\w\w\w)|(?<=\b[ckm]m)|(?<=\bkg)|(?<=\blb))s\b")
 # The "a" of "a chair", "a 3D view" and of a text cut off after "there is a" is no option's letter.
 # It is one in "a", "option a", "A is closer", "A or B" and "A left".
 ARTICLE = re.compile(
@@ -149,6 +159,9 @@ ARTICLE = re.compile(
     r"|(?<=\w )(?<!nswer is )a\s*\Z)"
 )
 REWRITES = [  # applied in this order
+    (r"(?:\A|(?<=[=(,])) *- +(?=[\d.√\\])", "-"),  # "x = - 5"
+    (r"(?<=[\d°)}]) ?- ?(?=[α-ωa-z]\b)", " ± "),  # "90 - x" has no value
+    (r"(?:∠|\\angle ?|_)\{?\d+\}?(?= ?= ?-?\d)", " "),  # "∠1 = 35°"
     (r"(?:\b[a-z])?'(?:s|d|m|ll|re|ve)\b|\b[a-z]'(?=[a-z])|\b(?:e\.g|i\.e|the|an)\b", " "),
     (r"</\w[^<>]*>|<\w[^<>]*>(?=[^<])", " "),  # HTML
     (r"\bcan(?:no|')t\b", "can not"),
@@ -162,7 +175,7 @@ REWRITES = [  # applied in this order
     (r"\b([ap])\.m\b\.?", r"\1m"),
     (r"(?<=\d):00(?= ?[ap]m\b)", ""),
     (r"\^?\{?\\circ\}?|(?<=\d)\^\{?o\b\}?|(?<=\d) ?deg(?:rees?)?\b|度", "°"),
-    (r"° ?([cf])(?:elsius|ahrenheit)\b", r"° \1"),
+    (r"(?<=[\d°]) ?°? ?([cf])(?:elsius|ahrenheit)?\b", r"° \1"),
     (r"(?<=\d) ?(?:per ?cent|pct)\b", "%"),
     (r"\b(?:([ckm])(?:enti|ilo|illi))?([mgl])(?:eter|etre|ram|iter|itre)s?\b", r"\1\2"),
     (rf"(\d ?|/ ?|\bper )({'|'.join(UNITS)})s?\b", lambda match: match[1] + UNITS[match[2]]),
@@ -170,6 +183,7 @@ REWRITES = [  # applied in this order
     (r"\beuros?\b", "€"),
     ("厘米", " cm "),
     ("米", " m "),
+    (r"(?:square|sq\.?) *f(?:ee|oo|)t\b", "ft^2"),
     (r"(?:square|sq\.?|平方) *([ckm]?m)\b", r"\1^2"),
     (r"(?:cubic|立方) *([ckm]?m)\b", r"\1^3"),
     (r"\\times|\\cdot|[×·⋅]| x(?= ?10 ?\^)", "*"),
@@ -198,7 +212,7 @@ REWRITES = [  # applied in this order
     (r"⁄", "/"),
     (r"(?<=[a-z])(?<!pi)\^\(?(-?\d)\)?\^?", r"\1"),  # cm^2
     (r"(\d\)? ?[a-z]+)(?: ?/ ?| per )(?=[a-z])", r"\1per"),  # m/s
-    (r"(?<=\d)[a-f]\b(?![-+])", ""),  # the letter of "3D" is no option's
+    (r"\b([23])d\b", r"dim\1"),  # "a 3D view" has no value
     ("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af])", r" \1 "),
     (r"[!?;\n]+|\.(?!\d)", " . "),
     (r" +|\s", " "),

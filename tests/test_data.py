@@ -219,12 +219,27 @@ def test_a_column_called_prompt_or_wording_does_not_replace_the_question(tmp_pat
     assert row["prompt"] == "Be brief." and row["level"] == 3  # still there for a user's reward
 
 
-@pytest.mark.parametrize("column", ["image", "images", "image_path", "img", "image_1"])
+COLUMNS = ["image", "images", "image_path", "img", "image_1", "file_name"]
+
+
+@pytest.mark.parametrize("column", COLUMNS)
 def test_an_image_is_read_from_any_of_the_usual_columns(tmp_path, column):
     (tmp_path / "b.png").write_bytes(png("blue"))
     value = ["b.png"] if column == "images" else "b.png"
     row = one(tmp_path, {"image": None, column: value})
     assert [image.getpixel((0, 0)) for image in row["images"]] == [(0, 0, 255)]
+
+
+def test_mathvista_has_a_path_beside_its_decoded_image(tmp_path):
+    path = write(tmp_path / "a.parquet", [plain(0, image="x.png", decoded_image={"bytes": png()})])
+    assert len(load_rows(str(path))[0]["images"]) == 1
+
+
+def test_scienceqa_counts_its_choices_from_zero(tmp_path):
+    record = {"choices": ["1", "2"], "answer": 1, "hint": "", "lecture": "Numbers."}
+    assert one(tmp_path, {"options": None} | record)["answer"] == "2"
+    with pytest.raises(BadRow, match="answer"):
+        one(tmp_path, {"options": None} | record | {"answer": 2})
 
 
 @pytest.mark.parametrize("missing", [{}, {"image": None}, {"images": []}])

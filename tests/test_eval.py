@@ -283,6 +283,9 @@ def test_rows_of_a_file_of_ones_own_with_equal_ids_are_evaluated_separately(
         scores, lines = world.read(name)
         assert (scores["n"], scores["accuracy"]) == (12, 3 / 12)
         assert [line["place"] for line in lines if line["correct"]] == [0, 5, 7]
+    own.write_text(own.read_text().replace("Which?", "What?"))
+    assert "made with other questions; --overwrite" in evaluate("own", "--dataset", own)[2]
+    assert world.read("own") == (scores, lines)
 
 
 def test_unusable_questions_are_counted_and_named_and_all_unusable_is_an_error(
@@ -346,6 +349,8 @@ def test_a_line_without_a_response_is_named_and_a_mistake_in_the_code_keeps_its_
     path.write_text(json.dumps({"options": [], "answer": "3"}))
     code, _, error = evaluate("mistake", "--rescore", path)
     assert code == 1 and f"{path}: KeyError('response')" in error and error.count("\n") == 1
+    path.write_text("")
+    assert "it holds no responses" in evaluate("mistake", "--rescore", path)[2]
     path.write_text(json.dumps({"options": [], "answer": "3", "response": "3"}))
     monkeypatch.setattr(eval_cvbench, "is_correct", lambda *_: {}["typo"])
     with pytest.raises(KeyError, match="typo"):
@@ -353,14 +358,16 @@ def test_a_line_without_a_response_is_named_and_a_mistake_in_the_code_keeps_its_
 
 
 def test_comparing_prints_mean_and_spread_over_seeds(reference, evaluate, tmp_path):
-    for name, share in (("road-0", 0.5), ("road-1", 0.6), ("base", 0.1)):
+    shares = {"road-0": 0.5, "road-1": 0.6, "base": 0.1, "checkpoint-1": 0.1, "checkpoint-2": 0.2}
+    for name, share in shares.items():
         (tmp_path / name).mkdir()
         scores = reference[0] | {"accuracy_lenient": share}
         (tmp_path / name / "scores.json").write_text(json.dumps(scores))
     paths = [tmp_path / "base", tmp_path / "road-0" / "scores.json", f"{tmp_path}/road-1/"]
+    paths += [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"]  # no seeds
     code, out, _ = evaluate("unused", "--compare", *paths)
     table = dict(line.split("  ", 1) for line in out.splitlines())
-    names = ("base", "road-0", "road-1", "road-*")
+    names = ("base", "road-0", "road-1", "checkpoint-1", "checkpoint-2", "road-*")
     assert code == 0 and list(table) == [f"{tmp_path}/{name}" for name in names]
     assert "all 50.0 " in table[f"{tmp_path}/road-0"]
     assert "all 55.0 ± 7.1 " in table[f"{tmp_path}/road-*"]  # 10 / sqrt(2)

@@ -191,6 +191,9 @@ def test_a_path_in_the_data_cannot_leave_the_folders_that_the_user_named(folders
         ("training minival testdev answers", "training", "minival"),
         ("rows testdev", "rows", "testdev"),
         ("a b holdout", "a b", "holdout"),
+        ("trainset testset validset contest", "trainset", "validset"),
+        ("traindata valdata", "traindata", "valdata"),
+        ("train testset", "train", "testset"),
         ("values devices", "devices values", "devices values"),
         ("train responses", "train", "train"),  # the last rows of the train file are held out
     ],

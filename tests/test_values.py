@@ -39,6 +39,24 @@ OPEN = [
     ("24", 1, "two dozen", "2 dozen", "twenty-four"),
     ("三个", 1, "3个", "3", "有三个"),
     ("三个", 0, "两个", "3只"),
+    ("12", 1, "十二个", "1२", "١٢", "۱۲"),
+    ("2", 0, "十二个", "二十二个", "二十个", "2/7", "two sevenths", "2 ninths"),
+    # a letter after a number
+    ("70°F", 1, "70F", "70 F", "70 Fahrenheit", "70 degrees Fahrenheit", "70"),
+    ("70°F", 0, "70C", "70°C", "-70F"),
+    ("12A", 1, "12A", "12a", "The answer is 12A."),
+    ("12A", 0, "12B", "13A"),
+    ("3", 0, "3D", "a 3D view"),
+    # a minus sign and its number apart; a difference that has no value
+    ("-5", 1, "x = - 5", "- 5", "(- 5)"),
+    ("5", 0, "x = - 5", "- 5"),
+    ("(2, 3)", 0, "(2, - 3)"),
+    ("90°-α", 1, "90° - α"),
+    ("90°-α", 0, "90", "90°"),
+    ("5-x", 0, "5"),
+    ("10^{-3}", 1, "10⁻³", "0.001"),
+    ("35°", 1, "∠1 = 35°", r"\angle 2 = 35", "x_1 = 35"),
+    ("35°", 0, "∠35 = 1°"),
     # fractions and percent
     (r"\frac{1}{2}", 1, "1/2", "0.5", ".5", r"\frac12", r"\dfrac{1}{2}", r"$\frac{1}{2}$", "½",
      "50%", "half", "one half", "2/4", "5e-1", "1 / 2", r"\frac{1.0}{2.0}", r"\boxed{\frac{1}{2}}",
@@ -47,6 +65,8 @@ OPEN = [
      r"\frac{2}{1}"),
     ("3/4", 1, "three quarters", "three-fourths", "¾", "75 per cent"),
     ("3/4", 0, "three", "two quarters", "3 or 4", "a quarter"),
+    ("3/2", 1, "three halves", "one and a half"),
+    ("3", 0, "three halves", "three twelfths"),
     ("2/3", 1, "two thirds", "2 thirds"),
     ("2.5", 1, "2½", "2 1/2", r"2\frac{1}{2}", "5/2", "two and a half"),
     ("2.5", 0, "2", "1/2", "2 or 1/2"),
@@ -134,6 +154,19 @@ def test_every_open_answer_is_right_itself():
         assert is_correct(answer, {"options": [], "answer": answer})
 
 
+@pytest.mark.parametrize("answer, right, text", [
+    ("A", 1, "A"), ("A", 1, r"\boxed{A}"), ("B", 1, "B. left"), ("B", 1, "(B) the cube"),
+    (r"\boxed{B}", 1, "The correct answer is B"), ("B", 1, "答案是B"), ("(B)", 1, "Therefore, B"),
+    ("A", 0, "B"), ("A", 0, "A or B"), ("A", 0, "not A"), ("A", 0, "A is closer than B"),
+    ("vitamin A", 0, "vitamin"), ("a-b", 0, "b-a"), ("a dog", 1, "dog"), ("dog", 1, "It is a dog."),
+    ("no", 1, "No, it is not."), ("Yes", 1, "Yes, it is."), ("yes", 0, "no"),
+    ("yes", 0, "yes or no"),
+])  # fmt: skip
+def test_an_open_letter_or_yes_or_no_is_judged_like_an_option(answer, right, text):
+    assert is_correct(text, {"answer": answer}) == bool(right)
+    assert is_correct(answer, {"answer": answer})
+
+
 def test_a_free_text_states_the_only_value_in_it():
     assert stated_value("There are 3 dogs.") == stated_value("Three.") == "3"
     assert stated_value("about 1,250.50 m") == "1250.5 m" and stated_value("It is 7 p.m.") == "7 pm"
@@ -160,6 +193,6 @@ def test_only_arithmetic_is_evaluated():
 
 def test_text_becomes_words_with_one_decimal_number_for_each_value():
     assert words("The box: 2√{3} CM²") == " box  3.46410161513775  cm2 "
-    assert words("He isn't 21-2. It's 3D!") == " he  is  not  ?21-2  .  it  3  . "
+    assert words("He isn't 21-2. It's 3D!") == " he  is  not  ?21-2  .  it  dim3  . "
     assert values(words("two cats, 5 km/h")) == [("2", "cat"), ("5", "kmperh")]
     assert agree(("50", "%"), ("0.5", "")) and not agree(("0.5", "%"), ("50", ""))
