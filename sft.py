@@ -120,7 +120,6 @@ def main() -> int | None:
     if options.epochs:
         rows_of_run = options.epochs * len(prompts.usable)
         options.max_steps = math.ceil(rows_of_run / options.rows_per_update)
-        options.epochs = None  # else a resumed run could not raise --max_steps
     logs = Logs(options, accelerator, model, prompts, step_of(checkpoint))
     policy, optimizer = prepare(Policy(model), options, accelerator, checkpoint)
     guarded_step = GuardedStep(policy, optimizer, options, accelerator)

@@ -31,7 +31,7 @@ def step_of(checkpoint: Path | None) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first. An unfinished one has another name."""
-    return sorted(folder.glob("checkpoint-*[0-9]"), key=step_of)
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal()), key=step_of)
 
 
 def find_checkpoint(options: TrainingOptions, accelerator: Accelerator) -> Path | None:
@@ -52,8 +52,9 @@ def find_checkpoint(options: TrainingOptions, accelerator: Accelerator) -> Path 
     newest = broadcast_object_list([(list_checkpoints(folder) or [None])[-1]])[0]
     if newest and not newest.exists():
         raise UserError(f"{newest} cannot be read here: all machines must share the run's folder")
-    done = run_config(folder / "final").get("max_steps", 0)
-    if done >= options.max_steps:
+    final = run_config(folder / "final")
+    done, epochs = final.get("max_steps", 0), getattr(options, "epochs", None) or 0
+    if done >= options.max_steps and epochs <= (final.get("epochs") or 0):
         if accelerator.is_main_process:
             print(f"{folder} is complete: all {options.max_steps} updates are done")
         sys.exit(0)
@@ -127,9 +128,11 @@ def write_folder(target: Path, model, processor, weights: dict, state: dict) -> 
         if state:
             with open(partial / "training_state.pt", "wb") as file:
                 torch.save(state, file)
+        old = target.with_name(f".{target.name}.old.partial")
         if target.exists():
-            remove(target)
+            os.replace(target, old)
         os.replace(partial, target)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

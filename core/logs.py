@@ -21,8 +21,10 @@ import accelerate
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
+from core.checkpoint import list_checkpoints
 from core.options import TrainingOptions
 from core.prompts import Prompts
 from core.qwen import count_parameters
@@ -65,15 +67,13 @@ class Logs:
         self.folder, self.accelerator = Path(options.output_dir), accelerator
         self.main, self.start_step = accelerator.is_main_process, start_step
         config = describe_run(options, accelerator, model, prompts)
+        self.recent, self.warned = [], False  # see `is_stuck`
+        self.best = (-1.0, 0)  # held-out accuracy, update
         accelerator.wait_for_everyone()  # every process has looked at the folder
         if self.main:
             self.open_folder(config)
             announce(config, model)
-        accelerator.wait_for_everyone()
-        self.recent, self.warned = [], False  # see `is_stuck`
-        self.best = (-1.0, 0)  # held-out accuracy, update
-        for metrics in read_lines(self.folder / "metrics.jsonl"):
-            self.is_best(metrics)
+        self.best = broadcast_object_list([self.best])[0]
         if options.log_with:
             flat = {name: str(value) for name, value in config.items()}
             here = {"wandb": {"dir": str(self.folder)}}  # the others read project_dir
@@ -83,12 +83,16 @@ class Logs:
 
     def open_folder(self, config: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        doomed = [".*.partial"]
+        doomed = [*self.folder.glob(".*.partial")]
         if config["overwrite"] and not config["resume"]:
-            doomed += ["checkpoint-*[0-9]", "final", "best", "images"]
-        for pattern in doomed:
-            for path in self.folder.glob(pattern):
-                shutil.rmtree(path)
+            doomed += list_checkpoints(self.folder)
+            doomed += [self.folder / name for name in ("final", "best", "images")]
+        for metrics in read_lines(self.folder / "metrics.jsonl"):
+            self.is_best(metrics)
+        if self.best[1] > self.start_step:  # a model of updates that are made again
+            doomed, self.best = [*doomed, self.folder / "best"], (-1.0, 0)
+        for path in filter(Path.exists, doomed):
+            shutil.rmtree(path)
         write_whole(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
             kept = read_lines(path) if self.start_step else []

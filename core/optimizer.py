@@ -56,7 +56,7 @@ class GuardedStep:
         """`loss` is the update's, over all processes. Returns metrics."""
         rate = learning_rate(self.options, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group |= {"lr": rate, "weight_decay": self.options.weight_decay}
         # without a limit the norm is still measured
         limit = self.options.max_grad_norm or math.inf
         grad_norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), limit))

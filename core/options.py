@@ -238,7 +238,9 @@ def parse_options(options_class: type, description: str | None = None, argv=None
         name = f"{Path(parser.prog).stem}-{Path(given.get('dataset', 'toy')).stem}"
         folder = given.get("output_dir") or f"outputs/{name}"
         if given.get("resume") and (own := Path(folder) / "config.json").exists():
-            given |= parser.read_file(own) | typed
+            given = given | parser.read_file(own) | typed
+        if "max_steps" in typed and "epochs" not in typed:  # which would win
+            given.pop("epochs", None)
         recipe, reason = choose_recipe(given, given.get("dataset", options_class.dataset))
         values = {f.name: f.metadata[recipe] for f in dataclasses.fields(options_class)}
         options = options_class(**values | given | {"recipe": recipe})

@@ -195,12 +195,28 @@ def group_logps(
     Float32, zero where there is no token. `with_entropy` adds the entropy of the distribution that
     each token was drawn from, in nats, (B, G, C), without gradient.
     """
+    nothing = 0  # before the language model, because all processes must gather in one order
+    if "pixel_values" not in packed.inputs and torch.distributed.is_initialized():
+        nothing = 0 * see_blank_image(model)
     hidden = model.model(**packed.inputs, use_cache=False, packed=packed).last_hidden_state[0]
-    hidden = hidden[packed.before]  # (N, H)
+    hidden = hidden[packed.before] + nothing  # (N, H)
     both = token_logps(model.lm_head, hidden, packed.targets, temperature)
     zeros = torch.zeros(math.prod(packed.shape), device=hidden.device)
     logps, entropy = (zeros.index_copy(0, packed.results, x).view(packed.shape) for x in both)
     return (logps, entropy) if with_entropy else logps
+
+
+def see_blank_image(model: nn.Module) -> Tensor:
+    """One number that depends on every weight of the vision tower.
+
+    DDP waits for a gradient of every trained weight, and FSDP gathers layers on all processes at
+    once, so with several processes a batch without images must use the tower too.
+    """
+    tower, device = model.model.visual, model.device
+    merge = tower.spatial_merge_size
+    blank = torch.zeros(merge**2, tower.patch_embed.proj.weight.shape[1:].numel(), device=device)
+    seen = tower(blank, grid_thw=torch.tensor([[1, merge, merge]], device=device))
+    return sum(x.sum() for x in [seen.pooler_output, *getattr(seen, "deepstack_features", [])])
 
 
 class Policy(nn.Module):

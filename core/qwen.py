@@ -213,8 +213,10 @@ def read_checked(file: Path) -> dict:
 
 def load_for_training(options: TrainingOptions, checkpoint: Path | None):
     """The checkpoint that is resumed, or the model that was asked for."""
-    if checkpoint and run_config(str(checkpoint)).get("lora_rank", 0) != options.lora_rank:
-        raise UserError(f"{checkpoint} was not trained with --lora_rank {options.lora_rank}")
+    saved = run_config(checkpoint) if checkpoint else {}
+    for name in ("lora_rank", "freeze", "num_iterations"):
+        if name in saved and saved[name] != getattr(options, name):
+            raise UserError(f"{checkpoint} was made with --{name} {saved[name]}, which must stay")
     if options.lora_rank:  # a checkpoint's adapters belong to the unmerged model
         checkpoint = None
     return load_policy(

@@ -112,19 +112,14 @@ ONES = "zero one two three four five six seven eight nine ten eleven twelve thir
 ONES = f"{ONES} fifteen sixteen seventeen eighteen nineteen".split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {word: i for i, word in enumerate(ONES)} | {w: 10 * i for i, w in enumerate(TENS, 2)}
-ONES_ZH = "一二三四五六七八九"
-NUMBERS |= {digit: i for i, digit in enumerate(ONES_ZH, 1)} | {"两": 2}
-NUMBERS |= {
-    f"{tens}十{ones}": 10 * NUMBERS.get(tens, 1) + NUMBERS.get(ones, 0)
-    for tens in ["", *ONES_ZH]
-    for ones in ["", *ONES_ZH]
-}
+HAN = "一二三四五六七八九"
+NUMBERS |= {digit: i for i, digit in enumerate(HAN, 1)} | {"两": 2}
 LARGE = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
 SMALL = rf"(?:(?:{'|'.join(TENS)})[- ](?:{'|'.join(ONES[1:10])})|{'|'.join([*ONES, *TENS])})\b"
 TIMES = rf"(?:(?:{SMALL}|\d+(?:\.\d+)?) )?(?:{'|'.join(LARGE)})\b"
 NUMBER_WORDS = (
     rf"\b(?:{TIMES}(?:,? (?:and )?{TIMES})*(?: (?:and )?{SMALL})?|{SMALL})"
-    rf"|(?:[{ONES_ZH}]?十[{ONES_ZH}]?|[{ONES_ZH}两])(?=[个個只隻张張条把辆本块位匹棵])"
+    rf"|(?:[{HAN}]?十[{HAN}]?|[{HAN}两])(?=[个個只隻张張条把辆本块位匹棵])"
 )
 
 
@@ -136,6 +131,9 @@ def _digits(match: re.Match) -> str:
             total, part = total + (part or 1) * LARGE[word], 0
         elif word in LARGE:
             part = (part or 1) * LARGE[word]
+        elif "十" in word:
+            tens, _, ones = word.partition("十")
+            part += 10 * NUMBERS.get(tens, 1) + NUMBERS.get(ones, 0)
         elif word != "and":
             part += NUMBERS[word] if word in NUMBERS else float(word)
     return f"{total + part:.15g}"

@@ -57,11 +57,15 @@ def test_the_recipe_is_the_toys_for_a_toy_model_or_dataset_and_else_the_papers()
     assert given.recipe_reason == "given by a flag or a config file"
 
 
-def test_sft_makes_the_papers_two_passes_over_sat_unless_a_flag_says_otherwise():
+def test_sft_makes_the_papers_two_passes_over_sat_unless_a_flag_says_otherwise(tmp_path):
     options = parse("--dataset", "sat", options=SFTOptions)
     assert options.max_steps * options.rows_per_update == 2 * 15_000
     options = parse("--dataset", "sat", "--max_steps", 100, options=SFTOptions)
     assert (options.max_steps, options.epochs) == (100, None), "epochs would win over max_steps"
+    (tmp_path / "run.yaml").write_text("epochs: 2\n")
+    words = ["--config", tmp_path / "run.yaml"]
+    assert parse(*words, options=SFTOptions).epochs == 2
+    assert parse(*words, "--max_steps", 100, options=SFTOptions).epochs is None
 
 
 def test_a_reward_that_is_given_twice_is_refused(capsys):

@@ -4,6 +4,7 @@ The runs are launched as a user does, with `accelerate launch` and the files of 
 over gloo.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from launch import ENV, FLAGS, ROOT, end, launch, metrics, read_lines, run, start, tiny_checkpoint
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -188,6 +190,21 @@ def test_a_process_whose_groups_have_no_signal_keeps_up_with_the_others(model, r
     assert all(m["frac_reward_zero_std"] >= 0.5 for m in metrics(tmp_path / "fsdp")[1:])
     # not the entropy: rank 1 measures it on a group that one process leaves out
     assert_same_run(tmp_path / "one", tmp_path / "fsdp", set(COMPARED) - {"entropy"})
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_rows_with_and_without_an_image_are_trained_on_by_two_processes_as_by_one(
+    kind, model, tmp_path
+):
+    Image.effect_noise((60, 60), 60).convert("RGB").save(tmp_path / "a.png")
+    rows = [{"question": f"What is {n}?", "answer": "left"} for n in range(16)]
+    rows = [row | ({"image": "a.png"} if n % 2 else {}) for n, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--model", model, *RUN, "--dataset", tmp_path / "rows.jsonl", "--recipe", "toy"]
+    words += ["--eval_steps", 0]
+    run(*words, output_dir=tmp_path / "one")
+    launch(*words, "--output_dir", tmp_path / kind, processes=2, config=kind)
+    assert_same_run(tmp_path / "one", tmp_path / kind)
 
 
 def test_a_frozen_tower_stays_frozen_when_sharded_and_sft_is_the_same_run_too(model, tmp_path):

@@ -219,13 +219,29 @@ def test_resuming_starts_continues_or_refuses_and_says_so(model, whole, tmp_path
     assert state(folder) == before
 
 
+def test_a_flag_that_is_given_when_resuming_wins_or_is_refused(whole, tmp_path):
+    for name in ("plain", "decayed"):
+        shutil.copytree(whole, tmp_path / name)
+    before = state(tmp_path / "plain")
+    for flag, value in (("--freeze", "vision"), ("--num_iterations", 2), ("--lora_rank", 2)):
+        words = ["--resume", "--max_steps", 7, flag, value]
+        line = assert_fails(Stage(*words, output_dir=tmp_path / "plain"))
+        assert f"checkpoint-6 was made with {flag} " in line and "must stay" in line
+    assert state(tmp_path / "plain") == before
+    run("--resume", "--max_steps", 7, output_dir=tmp_path / "plain")
+    run("--resume", "--max_steps", 7, "--weight_decay", 0.5, output_dir=tmp_path / "decayed")
+    assert weights(tmp_path / "plain/final") != weights(tmp_path / "decayed/final")
+
+
 def test_overwriting_leaves_nothing_of_the_old_run_and_touches_nothing_else(model, whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     (folder / "notes.txt").write_text("mine")
+    (folder / "checkpoint-2-mine").mkdir()
     words = ["--max_steps", 1, "--overwrite", "--eval_steps", 0, "--save_steps", 0]
     run("--model", model, *FLAGS, *words, output_dir=folder)
-    assert [m["step"] for m in metrics(folder)] == [1] and steps_of(folder) == []
+    assert [m["step"] for m in metrics(folder)] == [1]
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2-mine"]
     assert {line["step"] for line in read_lines(folder / "rollouts.jsonl")} == {1}
     assert not (folder / "best").exists() and (folder / "notes.txt").read_text() == "mine"
 
@@ -250,6 +266,11 @@ def plan_accuracies(stage) -> None:
     stage.evaluate = lambda *rest: evaluate(*rest) | {"eval/accuracy": planned[rest[-1]]}
 
 
+def plan_worse(stage) -> None:
+    evaluate = stage.evaluate
+    stage.evaluate = lambda *rest: evaluate(*rest) | {"eval/accuracy": 0.1}
+
+
 def test_best_is_the_checkpoint_with_the_highest_held_out_accuracy(model, tmp_path):
     folder, words = tmp_path / "run", ["--eval_steps", 2, "--save_total_limit", 0]
     code, output = start(model, folder, *words, patch=plan_accuracies).wait()
@@ -260,8 +281,14 @@ def test_best_is_the_checkpoint_with_the_highest_held_out_accuracy(model, tmp_pa
     shutil.rmtree(folder / "final")  # as if it had been killed after checkpoint-2
     for step in (4, 6):
         shutil.rmtree(folder / f"checkpoint-{step}")
+    shutil.copytree(folder, tmp_path / "other")
     code, output = Stage("--resume", output_dir=folder, patch=plan_accuracies).wait()
     assert code == 0 and "best held-out accuracy 0.500 after update 4: best/" in output, output
+
+    other = ["--resume", "--learning_rate", 0]  # best/ was made by updates that the run forgets
+    code, output = Stage(*other, output_dir=tmp_path / "other", patch=plan_worse).wait()
+    assert code == 0 and "best held-out accuracy 0.100 after update 4: best/" in output, output
+    assert weights(tmp_path / "other/best") == weights(tmp_path / "other/checkpoint-2")
 
 
 @pytest.fixture

@@ -217,3 +217,9 @@ def test_sft_learns_eight_rows_by_heart_in_as_many_epochs_as_asked(model, tmp_pa
     rates = [m["learning_rate"] for m in updates[1:]]
     assert max(rates) == pytest.approx(3e-3) and rates[0] == pytest.approx(3e-3 / 4)
     assert rates[-1] == pytest.approx(3e-3 / 36), "linear, after a warm-up over a tenth"
+    again = {"output_dir": tmp_path / "run", "stage": "sft"}
+    run("--resume", "--epochs", 42, **again)
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 42
+    assert "all 42 updates are done" in run("--resume", "--epochs", 42, **again)
+    run("--resume", "--max_steps", 43, **again)
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 43
