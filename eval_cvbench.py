@@ -71,7 +71,7 @@ def judge(row: dict, response: str) -> dict:
     extracted = lenient = extract_answer(response)
     if extracted is None:
         text = response.rpartition("</think>")[2].strip() or response.removeprefix("<think>")
-        lenient = stated_value(text)
+        lenient = stated_value(text) or text
         if row["options"]:
             index = stated_option(text, row["options"])
             lenient = None if index is None else row["options"][index]

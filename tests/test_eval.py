@@ -30,6 +30,7 @@ ABOVE = {"options": ["above", "below"], "answer": "below"}  # (B)
 DESK = {"options": ["chair", "desk"], "answer": "desk"}  # (B)
 BLINK = {"options": ["A is closer", "B is closer"], "answer": "A is closer"}
 ANGLE = {"options": [], "answer": "35°"}
+OPEN_LETTER = {"options": [], "answer": "B"}
 LOOP = "the desk is behind the chair, so " * 1500  # 10 000 words
 
 # row, response, right strictly, right leniently
@@ -50,6 +51,8 @@ TABLE = [
     (COUNT, "Select from the following choices. (A) 3 (B) 2 (C) 1 (D) 0", 0, 0),
     (ANGLE, "The angle is 35 degrees.", 0, 1),
     (ANGLE, "It is 35 or 36 degrees.", 0, 0),
+    (OPEN_LETTER, "The answer is (B).", 0, 1),
+    (OPEN_LETTER, "A or B", 0, 0),
     # the text after </think>, or the whole text if nothing follows
     (DESK, "<think>chair or desk?</think> desk", 0, 1),
     (DESK, "<think>The desk, I am sure", 0, 1),
