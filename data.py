@@ -130,9 +130,13 @@ def _unify(record: dict, name: str) -> dict:
     if {"choices", "lecture"} <= record.keys():  # ScienceQA's answer counts from 0
         record = record | {"answer": dict(enumerate(record["choices"] or ())).get(record["answer"])}
     columns = {field: field for field in FIELDS} | _layout(record.keys())
-    hidden = (*FIELDS, *files.IMAGE_COLUMNS, *files.NUMBERED_IMAGES, "wording")
+    numbered = filter(files.NUMBERED_IMAGE.fullmatch, record)
+    hidden = {*FIELDS, *files.IMAGE_COLUMNS, *numbered, "wording"}
     row = {column: value for column, value in record.items() if column not in hidden}
+    unread = [c for c in filter(files.LIKELY_IMAGE.fullmatch, row) if not _is_empty(row[c])]
     row |= {"images": files.encoded_images(record), "task": name, "source": name}
+    if unread and not row["images"]:
+        raise ValueError(f"its column {unread[0]} is not read: call it `image`")
     row["options"] = options = _options(record, columns.pop("options"))
     for field, column in columns.items():
         if field in ("question", "answer") or not _is_empty(record.get(column)):
@@ -142,7 +146,7 @@ def _unify(record: dict, name: str) -> dict:
         if right is None or options.count(options[right]) > 1:
             raise ValueError(f"its answer {row['answer']!r:.80} does not name one of its options")
         row["answer"] = options[right]
-    elif not is_correct(row["answer"], row):  # such as "?", which states nothing
+    elif row["answer"].startswith(("['", '["')) or not is_correct(row["answer"], row):
         raise ValueError(f"its answer {row['answer']!r:.80} can never be right")
     return row
 
@@ -163,8 +167,8 @@ def _text(record: Mapping, column: str, tag: str | None = None) -> str:
         raise ValueError(f"its {column} has type {type(value).__name__} instead of text")
     text = "" if _is_empty(value) else clean(str(value))
     if tag:
-        tagged = re.search(f"<{tag}>(.*?)(?:</{tag}>|$)", text, re.DOTALL | re.IGNORECASE)
-        text = (tagged[1] if tagged else text).strip()
+        tagged = re.findall(f"<{tag}>(.*?)(?:</{tag}>|$)", text, re.DOTALL | re.IGNORECASE)
+        text = (tagged[-1] if tagged else text).strip()
     if _is_empty(text):
         raise ValueError(f"its {column} is missing or empty")
     return text
@@ -179,7 +183,8 @@ def _options(record: dict, column: str) -> list[str]:
         options = [record.get(columns.get(place)) for place in places]
     if isinstance(options, str):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            options = ast.literal_eval(options)
+            # numpy prints a list without commas
+            options = ast.literal_eval(re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", options))
     if not isinstance(options, list | tuple | None):
         raise ValueError(f"its {column} has type {type(options).__name__} instead of a list")
     options = list(options or ())

@@ -37,7 +37,7 @@ from core.prompts import check_sources, find_bad_rows
 from core.qwen import load_policy
 from core.rollout import sample
 from data import BENCHMARKS, load_rows
-from rewards import extract_answer, is_correct, reflects, stated_option, stated_value
+from rewards import extract_answer, is_correct, open_value, reflects, stated_option, stated_value
 
 
 @dataclass
@@ -71,7 +71,7 @@ def judge(row: dict, response: str) -> dict:
     extracted = lenient = extract_answer(response)
     if extracted is None:
         text = response.rpartition("</think>")[2].strip() or response.removeprefix("<think>")
-        lenient = stated_value(text) or text
+        lenient = (open_value(row["answer"]) and stated_value(text)) or text
         if row["options"]:
             index = stated_option(text, row["options"])
             lenient = None if index is None else row["options"][index]

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from unicodedata import normalize
 
-from core.values import NEGATION, VOIDS_NUMBER, agree, values, words
+from core.values import DENIAL, NEGATION, VOIDS_NUMBER, agree, values, words
 
 # --- rewards --------------------------------------------------------------------------------------
 
@@ -66,7 +66,8 @@ def is_correct(answer_text: str, row: dict) -> bool:
     value and unit, and other open answers by their words.
     """
     options, answer = list(row.get("options") or []), row["answer"]
-    options = options or next((few for few in CLOSED if words(answer).strip(" .") in few), [])
+    lettered = [answer] if LETTERED.match(answer) else []
+    options = options or next((few for few in CLOSED if words(answer).strip(" .") in few), lettered)
     if len(answer_text) > 200 + max(map(len, [answer, *options])):
         return False  # an essay
     right = stated_option(answer, options)
@@ -105,9 +106,12 @@ def stated_option(text: str, options: Sequence[str]) -> int | None:
     if not found or len(meant) != 1:
         return None
     index = meant.pop()
-    if NEGATION.search(words(options[index])):  # "No, it is not" states "no"
+    if DENIAL.search(words(options[index])):  # "No, it is not" states "no"
         return None if f" not {NAMED}" in rest else index
     voids = VOIDS_NUMBER if option_values[index] else NEGATION
+    if voids.search(words(options[index])):  # "wrong way": only words beside it count
+        sentences = [re.sub("|".join(map(re.escape, found)), NAMED, s) for s in sentences]
+        found = [NAMED]
     voided = any(voids.search(s) and any(name in s for name in found) for s in sentences)
     return None if voided else index
 
@@ -161,6 +165,7 @@ def stated_value(text: str) -> str | None:
 
 NAMED = " # "  # replaces the name of an option in a text
 FILLER = re.compile(r" (?:final|answer|option|is|it|\.) ")
+LETTERED = re.compile(r"\(?[A-H][).:] +\w")  # an open answer with its letter, "B. left"
 CLOSED = ([*"abcdefgh"], ["yes", "no"], ["true", "false"])  # open answers, judged like options
 # The letter in "A: cup", "a) cup", "(a) cup", "[A] cup", "A.cup", "A - cup", "Option A: cup" and
 # where it is all, but none in "A: B". The digit in "1. cup", but none in "1.5 m".

@@ -23,10 +23,10 @@ from core.errors import UserError
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ALL = ("*.parquet", "*.jsonl")
 HELD_OUT = re.compile(  # a word in a path that says that the file is held out
-    "(?:mini)?(?:val(?:id(?:ation)?)?|dev|eval(?:uation)?|test(?:ing)?|hold(?:out)?|held(?:out)?)"
-    "(?:mini|dev|test|std|set|data|split|[a-z])?"
+    "(?:mini)?(?:val(?:id(?:at(?:ion|e))?)?|dev|eval(?:uat(?:ion|e))?|test(?:ing)?|(?:hold|held)"
+    "(?:out)?)(?:mini|dev|test|std|set|data|dataset|cases|split|[a-z])?"
 )
-TRAIN = re.compile("train(?:ing)?(?:set|data|split)?")
+TRAIN = re.compile("train(?:ing)?(?:set|data|dataset|split)?")
 
 
 def locate(
@@ -155,7 +155,8 @@ def _records(path: str) -> Iterator[dict]:
 
 IMAGE_COLUMNS = "images image_bytes decoded_image image image_path image_paths img".split()
 IMAGE_COLUMNS += ["file_name"]  # of an image folder's metadata.jsonl
-NUMBERED_IMAGES = tuple(f"image_{n}" for n in range(1, 10))
+NUMBERED_IMAGE = re.compile(r"im(?:age|g)_?\d+", re.IGNORECASE)
+LIKELY_IMAGE = re.compile("(?:image|img|picture|photo)s?_?(?:path|url|name|file(?:name)?)?", re.I)
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS, which runs a program
 FORMATS += ["AVIF"] if pillow_reads("avif") else []
 Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many before it decodes anything
@@ -163,11 +164,11 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # remarks on large images an
 
 
 def encoded_images(record: dict) -> list:
-    """The images of the first column that has any, or of image_1, image_2, ..."""
+    """The images of the first column that has any, or of image_1, image_2, …"""
     for column in IMAGE_COLUMNS:
         if (value := record.get(column)) not in (None, []):
             return value if isinstance(value, list) else [value]
-    return [record[column] for column in NUMBERED_IMAGES if record.get(column) is not None]
+    return [value for name, value in record.items() if value and NUMBERED_IMAGE.fullmatch(name)]
 
 
 def to_image(value: Any, folders: Sequence[Path] = ()) -> Image.Image:

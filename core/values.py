@@ -15,15 +15,16 @@ from unicodedata import normalize
 
 MAX_TEXT = 5000  # characters; only the two ends of a longer text are read
 
+DENIAL = re.compile(" (?:not|no|never|neither|nor|none) ")
 NEGATION = re.compile(
     " (?:not|no|never|neither|nor|none|non|except|instead|opposite|wrong|incorrect|false|не|nicht"
-    "|keine?|pas|jamais|nunca|não) "
+    "|keine?|pas|jamais|nunca|não|[≠¬✗✘❌]) "
 )
 # Beside one of these a number is not the value: "3 + x", "more than 3", "sin 30".
 VOIDS_NUMBER = re.compile(
     NEGATION.pattern
-    + r"| (?:[+^/±≤≥<>\\]|pi|sqrt|cbrt|sin|cos|tan|log|ln|than|more|less|fewer|least|most) "
-    r"| (?:over|under|above|below)  -?\d"
+    + r"| (?:[+^/±≤≥<>\\]|pi|sqrt|cbrt|sin|cos|tan|cot|log|ln|than|more|less|fewer) "
+    r"| at  (?:least|most) | (?:over|under|above|below)  -?\d"
 )
 
 
@@ -75,7 +76,7 @@ def _number(expression: str) -> str:
     unclosed = expression.count("(") - expression.count(")")
     source = expression.lstrip("+").removeprefix("(" * unclosed).removesuffix(")" * -unclosed)
     try:
-        if len(source) <= 200:
+        if len(source) <= 200 and not re.search(r"\d/\d+/\d\d", source):  # a date
             tree = ast.parse(source.strip().replace("^", "**"), mode="eval")
             if math.isfinite(value := _evaluate(tree.body)):
                 return f"{value:.15g}"
@@ -143,8 +144,13 @@ PARTS = {"halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth":
 PARTS |= {"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12}
 UNITS = {"sec": "s", "second": "s", "minute": "min", "hr": "h", "hour": "h", "foot": "ft"}
 UNITS |= {"feet": "ft", "inche": "inch", "mile": "mi", "kilo": "kg", "kg": "kg", "min": "min"}
+UNITS |= {"pound": "lb", "ounce": "oz", "yard": "yd", "year": "yr", "yr": "yr"}
+HAN_UNITS = {"厘米": "cm", "公分": "cm", "毫米": "mm", "千米": "km", "公里": "km", "米": "m"}
+LATEX = {"pm": "±", "mp": "±", "ge": "≥", "geq": "≥", "le": "≤", "leq": "≤", "gt": ">", "lt": "<"}
+LATEX |= {"ne": "≠", "neq": "≠", "alpha": "α", "beta": "β", "gamma": "γ", "theta": "θ", "phi": "φ"}
+LATEX |= {name: f" {name} " for name in ("sin", "cos", "tan", "cot", "log", "ln", "not")}
 
-FOLD = str.maketrans("’º˚。÷−–‐‑", "'°°./----", "\u200b\ufeff")
+FOLD = str.maketrans("’º˚∘。÷−–‐‑", "'°°°./----", "\u200b\ufeff")
 FOLD |= {zero + i: str(i) for zero in map(ord, "٠۰०") for i in range(10)}  # digits of other scripts
 PLURAL = re.compile(r"(?:(?<=\w\w\w)|(?<=\b[ckm]m)|(?<=\bkg)|(?<=\blb))s\b")
 # The "a" of "a chair", "a 3D view" and of a text cut off after "there is a" is no option's letter.
@@ -152,45 +158,53 @@ PLURAL = re.compile(r"(?:(?<=\w\w\w)|(?<=\b[ckm]m)|(?<=\bkg)|(?<=\blb))s\b")
 ARTICLE = re.compile(
     r"(?<![Oo]ption )(?<![Cc]hoice )(?<![Aa]nswer )(?:"
     r"\b(?<!<)[AaI] +(?=['\"`*“‘]*[^\W\d_]{2}|\d+[-A-Za-z])"
-    r"(?!(?i:is|was|and|or|nor|vs|because)\b)"
+    r"(?!(?i:is|was|has|and|or|nor|vs|as|in|because|since|(?:appear|look|seem)s?)\b)"
     r"(?!(?i:left|right|above|below|yes|no|true|false)\b(?! +\w))"
     r"|(?<=\w )(?<!nswer is )a\s*\Z)"
 )
 REWRITES = [  # applied in this order
+    (r" ?\^? ?\{? ?\\(?:circ|degree)(?![a-z]) ?\}?|\^\{?°\}?", "°"),
+    (rf"\\({'|'.join(LATEX)})(?![a-z])", lambda match: LATEX[match[1]]),
+    (r"\b(?:anti|counter)[- ]?(?=clock-?wise)", "counter"),
+    (r"\b(north|south)[- ](?=(?:east|west)\b)", r"\1"),
+    (r"\b(?:anything|all) but\b|\b(?:other than|excluding|far from)\b", " not "),
+    (r"[没沒][错錯]|非常|(?<=答案)[是为為]", " "),
     (r"(?:\A|(?<=[=(,])) *- +(?=[\d.√\\])", "-"),  # "x = - 5"
     (r"(?<=[\d°)}]) ?- ?(?=[α-ωa-z]\b)", " ± "),  # "90 - x" has no value
     (r"(?:∠|\\angle ?|_)\{?\d+\}?(?= ?= ?-?\d)", " "),  # "∠1 = 35°"
     (r"(?:\b[a-z])?'(?:s|d|m|ll|re|ve)\b|\b[a-z]'(?=[a-z])|\b(?:e\.g|i\.e|the|an)\b", " "),
     (r"</\w[^<>]*>|<\w[^<>]*>(?=[^<])", " "),  # HTML
     (r"\bcan(?:no|')t\b", "can not"),
-    (r"n't\b|ない|ません|[不没非错]|아[니닙]", " not "),
+    (r"n't\b|(?<=[rs])nt\b|ない|ません|[不没沒非错錯]|아[니닙]", " not "),
     (r"\bno +(?=[^\W\d_])(?!(?:it|there|he|she|they)\b)", "not "),  # "no chairs" states no "no"
     (NUMBER_WORDS, _digits),
     (r"(?<=\d) +and +half\b", " 1/2"),
     (r"\b(?:one |1 |a )?half\b", "1/2"),
     (rf"\b(\d+)[- ]({'|'.join(PARTS)})s?\b", lambda match: f"{match[1]}/{PARTS[match[2]]}"),
-    (r"\b(?:minus|negative) ", "-"),
+    (r"\b(?:minus|negative) |[负負](?=\d)", "-"),
     (r"\b([ap])\.m\b\.?", r"\1m"),
-    (r"(?<=\d):00(?= ?[ap]m\b)", ""),
-    (r"\^?\{?\\circ\}?|(?<=\d)\^\{?o\b\}?|(?<=\d) ?deg(?:rees?)?\b|度", "°"),
-    (r"(?<=[\d°]) ?°? ?([cf])(?:elsius|ahrenheit)?\b", r"° \1"),
+    (r"(?<=\d):00\b(?!:)", ""),
+    (r"(?<=\d)\^\{?o\b\}?|(?<=\d) ?deg(?:rees?)?\b|度", "°"),
+    (r"(?<=[\d°]) ?°? ?([cf])(?:elsius|ahrenheit)?\b", r"° \1deg"),  # no option's letter
     (r"(?<=\d) ?(?:per ?cent|pct)\b", "%"),
     (r"\b(?:([ckm])(?:enti|ilo|illi))?([mgl])(?:eter|etre|ram|iter|itre)s?\b", r"\1\2"),
     (rf"(\d ?|/ ?|\bper )({'|'.join(UNITS)})s?\b", lambda match: match[1] + UNITS[match[2]]),
     (r"(?<=\d) in(?=\W*\Z)", " inch"),
     (r"\beuros?\b", "€"),
-    ("厘米", " cm "),
-    ("米", " m "),
+    ("|".join(HAN_UNITS), lambda match: f" {HAN_UNITS[match[0]]} "),
+    (r"(?<![a-z])mph\b", "mi/h"),
     (r"(?:square|sq\.?) *f(?:ee|oo|)t\b", "ft^2"),
     (r"(?:square|sq\.?|平方) *([ckm]?m)\b", r"\1^2"),
     (r"(?:cubic|立方) *([ckm]?m)\b", r"\1^3"),
     (r"\\times|\\cdot|[×·⋅]| x(?= ?10 ?\^)", "*"),
     (r"(?<=\d)\*\*(?=\d)", "^"),
     (r" squared\b", "^2"),
+    (r" cubed\b", "^3"),
     (r"(?<=\d) ?([xyz])\b", r"^\1"),  # "3x" is not 3
     (r"\A([^$]*)\$ ?([\d.,]*\d)([^$]*)\Z", r"\1\2 dollar\3"),  # one $ is not LaTeX
-    (r"([€£¥]) ?([\d.,]*\d)", r"\2 \1"),
-    (r"√|\\sqrt|\b(?:square )?root(?: of)? ", "sqrt"),
+    (r"([€£¥₹₩₽₺₫₪]) ?([\d.,]*\d)", r"\2 \1"),
+    (r"\bcube root(?: of)? ", "cbrt"),
+    (r"√|\\sqrt|根号|\b(?:square )?root(?: of)? ", "sqrt"),
     (r"π|\\pi\b", "pi "),
     (r"sqrt\[3\]|∛", "cbrt"),
     *2  # for a root in a fraction and a fraction in a root
@@ -205,6 +219,7 @@ REWRITES = [  # applied in this order
     (r"\\(?!frac)(?:[a-z]+|[;:! ])?|\*\*|\$", ""),
     (r"(?<=\d),(?=\d{3}(?!\d))", ""),
     (r"(?<![\d.])0+(?=\d)", ""),
+    (r"(?<=[\d)i}]) ?(?:(?:square|sq\.?|cubic) )?units?\b(?!/)", " "),
     (r" *\{", "("),
     (r"\}", ")"),
     (r"⁄", "/"),
@@ -212,8 +227,8 @@ REWRITES = [  # applied in this order
     (r"(\d\)? ?[a-z]+)(?: ?/ ?| per )(?=[a-z])", r"\1per"),  # m/s
     (r"\b([23])d\b", r"dim\1"),  # "a 3D view" has no value
     ("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af])", r" \1 "),
-    (r"[!?;\n]+|\.(?!\d)", " . "),
-    (r" +|\s", " "),
+    (r"[!;\n]+|\.(?!\d)", " . "),  # not "?", because "Left? No." denies it
+    (r"[ ?]+|\s", " "),
     (r"(?<=[\d)i]) ?(?=pi\b|sqrt\(|cbrt\()|(?<=[\d)])(?=\()|(?<=\))(?=\d)", "*"),
 ]
 # Compiled here, so that the first answer is not slower than the others.
@@ -228,5 +243,7 @@ TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-STOP = r"(?:[.#]|is|are|was|in|on|of|because|since|so) "  # ends the words of a unit
+STOP = "is are was in on of because since so and as at by for from to with when where which total"
+STOP += " exactly approx approximately most likely"  # these words end those of a unit
+STOP = rf"(?:[.#]|{STOP.replace(' ', '|')}) "
 VALUE = re.compile(rf" (-?{NUMERAL}|\?\S+) ((?: (?!{STOP}|[?]|-?\d)\S+ )*)")

@@ -219,7 +219,7 @@ def test_a_column_called_prompt_or_wording_does_not_replace_the_question(tmp_pat
     assert row["prompt"] == "Be brief." and row["level"] == 3  # still there for a user's reward
 
 
-COLUMNS = ["image", "images", "image_path", "img", "image_1", "file_name"]
+COLUMNS = ["image", "images", "image_path", "img", "image_1", "image0", "file_name"]
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -228,6 +228,21 @@ def test_an_image_is_read_from_any_of_the_usual_columns(tmp_path, column):
     value = ["b.png"] if column == "images" else "b.png"
     row = one(tmp_path, {"image": None, column: value})
     assert [image.getpixel((0, 0)) for image in row["images"]] == [(0, 0, 255)]
+
+
+@pytest.mark.parametrize("column", ["image_url", "img_path", "Image", "picture", "image_filename"])
+def test_an_image_column_of_another_name_is_named_and_not_silently_left_out(tmp_path, column):
+    assert column in refused(tmp_path, {"image": None, column: "a.png"})
+    assert one(tmp_path, {column: "a.png"})["images"], "beside an image it is another column"
+    assert not one(tmp_path, {"image": None, column: None})["images"]
+
+
+def test_options_that_numpy_printed_are_read_and_an_answer_that_is_a_list_is_refused(tmp_path):
+    row = one(tmp_path, {"options": "['red'\n 'dark blue']", "answer": "B"})
+    assert (row["options"], row["answer"]) == (["red", "dark blue"], "dark blue")
+    assert "can never be right" in refused(tmp_path, {"options": "[]", "answer": "['24/7', '3.4']"})
+    answer = "<think>maybe <answer>4</answer>? no</think><answer>3</answer>"
+    assert one(tmp_path, {"answer": answer})["answer"] == "3"
 
 
 def test_mathvista_has_a_path_beside_its_decoded_image(tmp_path):

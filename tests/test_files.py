@@ -193,6 +193,7 @@ def test_a_path_in_the_data_cannot_leave_the_folders_that_the_user_named(folders
         ("a b holdout", "a b", "holdout"),
         ("trainset testset validset contest", "trainset", "validset"),
         ("traindata valdata", "traindata", "valdata"),
+        ("questions validate testcases", "questions", "validate"),
         ("train testset", "train", "testset"),
         ("values devices", "devices values", "devices values"),
         ("train responses", "train", "train"),  # the last rows of the train file are held out

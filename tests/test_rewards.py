@@ -38,6 +38,11 @@ COMMA = {"options": ["up, then left", "up"], "answer": "up, then left"}
 STOP = {"options": ["It moved. Then it stopped.", "It is 3 p.m."], "answer": "(A)"}
 LETTERED = {"options": ["(A) left", "(B) right"], "answer": "(A)"}
 CLOSER = {"options": ["(A) is closer", "(B) is closer"], "answer": "(B)"}
+CLOSER_A = {"options": ["A is closer", "B is closer"], "answer": "A"}
+CLOCKWISE = {"options": ["clockwise", "counterclockwise"], "answer": "counterclockwise"}
+COMPASS = {"options": ["north", "northeast", "east"], "answer": "northeast"}
+SAME = {"options": ["Opposite direction", "Same direction"], "answer": "A"}
+WARM = {"options": ["20", "25", "30", "35"], "answer": "25"}
 DEGREES = {"options": ["30 degrees", "60 degrees"], "answer": "60 degrees"}
 NUMBERED = {"options": ["A. 3", "B. 2"], "answer": "A"}
 REORDERED = {"options": ["B: plate", "A: cup"], "answer": "B"}
@@ -182,6 +187,21 @@ ANSWERS = [
     (SLEVA, 0, "справа", "не слева", "слева или справа"),
     (CANNOT, 1, "cannot move", "can't move", "It can not move.", "B"),
     (CANNOT, 0, "can move", "It can move.", "A"),
+    # words that turn an option into its opposite
+    (CLOCKWISE, 1, "counter-clockwise", "anti-clockwise", "anticlockwise", "counter clockwise"),
+    (CLOCKWISE, 0, "clockwise", "not counterclockwise"),
+    (COMPASS, 1, "north-east", "north east", "northeast"),
+    (COMPASS, 0, "north-west", "north", "east"),
+    (SIDE, 0, "Is it left? No.", "Left? No.", "It isnt left", "anything but left", "❌ left",
+     "all but left", "other than left", "far from left", "excluding left", "≠ left"),
+    (SAME, 1, "opposite direction", "They face in the opposite direction.", "A"),
+    (SAME, 0, "They are not facing in the opposite direction", "same direction"),
+    (CLOSER_A, 1, "A appears closer", "Point A appears to be closer", "A has less depth", "A"),
+    (CLOSER_A, 0, "B appears closer", "B looks closer than A"),
+    (ZUO, 1, "非常确定是左边", "没错，左边"),
+    (ZUO, 0, "左边是錯的", "沒有左边"),
+    (WARM, 1, "25 °C", "25°C", "B. 25 °C", "25 degrees Celsius"),
+    (WARM, 0, "20 °C", "C. 25 °C"),
     # options with a number of their own
     (NUMBERS, 1, "1", "(1)", "plate", "1. plate", "the plate", "B"),
     (NUMBERS, 0, "2", "2. plate", "cup", "(2) cup", "1 or 2", "4"),

@@ -57,6 +57,25 @@ OPEN = [
     ("10^{-3}", 1, "10⁻³", "0.001"),
     ("35°", 1, "∠1 = 35°", r"\angle 2 = 35", "x_1 = 35"),
     ("35°", 0, "∠35 = 1°"),
+    # LaTeX that is no markup
+    ("3", 0, r"\pm 3", r"\geq 3", r"x \neq 3", r"\log 3", r"3 - \theta", "3 cubed", "根号3", "负3"),
+    ("30°", 0, r"\sin 30^\circ", r"\tan 30", r"30^\circ - \alpha"),
+    # words after the unit, and a unit that says nothing
+    ("30°", 1, "30 (by symmetry)", "30 for the angle", "30 approximately", "30∘", r"30 ^ \circ",
+     "It is most likely 30.", r"30^{\circ}", "thirty degrees"),
+    ("12cm²", 1, "12 square units", "12 units", r"12\text{ units}"),
+    ("5 m", 0, "5 m/unit"),
+    # dates, currencies, roots and units in words
+    ("4/2/2020", 1, "4/2/2020", "04/02/2020"),
+    ("4/2/2020", 0, "6/3/2020", "2/1/2020"),
+    ("$5", 1, "$5", "5", r"\boxed{\$5}"),
+    ("$5", 0, "₹5", "€5"),
+    ("2", 1, "cube root of 8"),
+    ("√3", 1, "根号3"),
+    ("5mm", 1, "5毫米"),
+    ("5km", 1, "5千米", "5公里"),
+    ("5 lbs", 1, "5 pounds"),
+    ("25 mph", 1, "25 miles per hour"),
     # fractions and percent
     (r"\frac{1}{2}", 1, "1/2", "0.5", ".5", r"\frac12", r"\dfrac{1}{2}", r"$\frac{1}{2}$", "½",
      "50%", "half", "one half", "2/4", "5e-1", "1 / 2", r"\frac{1.0}{2.0}", r"\boxed{\frac{1}{2}}",
@@ -160,7 +179,9 @@ def test_every_open_answer_is_right_itself():
     ("A", 0, "B"), ("A", 0, "A or B"), ("A", 0, "not A"), ("A", 0, "A is closer than B"),
     ("vitamin A", 0, "vitamin"), ("a-b", 0, "b-a"), ("a dog", 1, "dog"), ("dog", 1, "It is a dog."),
     ("no", 1, "No, it is not."), ("Yes", 1, "Yes, it is."), ("yes", 0, "no"),
-    ("yes", 0, "yes or no"),
+    ("yes", 0, "yes or no"), ("B", 1, "B. 25 °C"),
+    ("B. left", 1, "B"), ("B. left", 1, "left"), ("B. left", 0, "A"), ("(B) 5 cm", 1, "5 cm"),
+    ("(B) 5 cm", 0, "6 cm"), ("x - 5", 0, "5"),
 ])  # fmt: skip
 def test_an_open_letter_or_yes_or_no_is_judged_like_an_option(answer, right, text):
     assert is_correct(text, {"answer": answer}) == bool(right)
