@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-MAX_PRODUCT = 4_550  # lines of the Python files outside tests, benchmarks, docs; the goal is 3 000
+MAX_PRODUCT = 4_530  # lines of the Python files outside tests, benchmarks, docs; the goal is 3 000
 MAX_FILE, MAX_FILE_OF = 300, {"grpo.py": 350, "rewards.py": 200}
 MAX_FUNCTION, MAX_CLASS = 60, 120
 MAX_WIDTH = 100
