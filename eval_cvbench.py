@@ -200,7 +200,7 @@ def open_responses(path: Path, settings: dict, overwrite: bool, rows: Sequence[d
 
 
 def read_responses(path: Path) -> list[dict]:
-    """The records of a responses.jsonl. Raises KeyError or ValueError if a score needs more."""
+    """The records. Raises KeyError if one lacks what a score needs, ValueError if there is none."""
     if not (records := [json.loads(line) for line in open(path)]):
         raise ValueError("it holds no responses")
     needed = "options", "answer", "response"

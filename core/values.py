@@ -168,14 +168,15 @@ REWRITES = [  # applied in this order
     (r"\b(?:anti|counter)[- ]?(?=clock-?wise)", "counter"),
     (r"\b(north|south)[- ](?=(?:east|west)\b)", r"\1"),
     (r"\b(?:anything|all) but\b|\b(?:other than|excluding|far from)\b", " not "),
-    (r"[没沒][错錯]|非常|(?<=答案)[是为為]", " "),
+    (r"[没沒][错錯]|非常|(?<=答案)[是为為]", " "),  # "not wrong", "very" and "is" deny nothing
     (r"(?:\A|(?<=[=(,])) *- +(?=[\d.√\\])", "-"),  # "x = - 5"
     (r"(?<=[\d°)}]) ?- ?(?=[α-ωa-z]\b)", " ± "),  # "90 - x" has no value
     (r"(?:∠|\\angle ?|_)\{?\d+\}?(?= ?= ?-?\d)", " "),  # "∠1 = 35°"
     (r"(?:\b[a-z])?'(?:s|d|m|ll|re|ve)\b|\b[a-z]'(?=[a-z])|\b(?:e\.g|i\.e|the|an)\b", " "),
     (r"</\w[^<>]*>|<\w[^<>]*>(?=[^<])", " "),  # HTML
     (r"\bcan(?:no|')t\b", "can not"),
-    (r"n't\b|(?<=[rs])nt\b|ない|ません|[不没沒非错錯]|아[니닙]", " not "),
+    (r"\b(is|are|was|were|do|does|did|has|have)nt\b", r"\1 not "),  # not "burnt"
+    (r"n't\b|ない|ません|[不没沒非错錯]|아[니닙]", " not "),
     (r"\bno +(?=[^\W\d_])(?!(?:it|there|he|she|they)\b)", "not "),  # "no chairs" states no "no"
     (NUMBER_WORDS, _digits),
     (r"(?<=\d) +and +half\b", " 1/2"),
@@ -243,7 +244,8 @@ TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-STOP = "is are was in on of because since so and as at by for from to with when where which total"
-STOP += " exactly approx approximately most likely"  # these words end those of a unit
-STOP = rf"(?:[.#]|{STOP.replace(' ', '|')}) "
+# After one of these words there is no unit any more.
+PROSE = "is are was in on of because since so and as at by for from to with when where which total "
+PROSE += "exactly approx approximately most likely"
+STOP = rf"(?:[.#]|{PROSE.replace(' ', '|')}) "
 VALUE = re.compile(rf" (-?{NUMERAL}|\?\S+) ((?: (?!{STOP}|[?]|-?\d)\S+ )*)")

@@ -42,6 +42,7 @@ CLOSER_A = {"options": ["A is closer", "B is closer"], "answer": "A"}
 CLOCKWISE = {"options": ["clockwise", "counterclockwise"], "answer": "counterclockwise"}
 COMPASS = {"options": ["north", "northeast", "east"], "answer": "northeast"}
 SAME = {"options": ["Opposite direction", "Same direction"], "answer": "A"}
+BURNT = {"options": ["raw", "burnt"], "answer": "burnt"}
 WARM = {"options": ["20", "25", "30", "35"], "answer": "25"}
 DEGREES = {"options": ["30 degrees", "60 degrees"], "answer": "60 degrees"}
 NUMBERED = {"options": ["A. 3", "B. 2"], "answer": "A"}
@@ -194,6 +195,8 @@ ANSWERS = [
     (COMPASS, 0, "north-west", "north", "east"),
     (SIDE, 0, "Is it left? No.", "Left? No.", "It isnt left", "anything but left", "❌ left",
      "all but left", "other than left", "far from left", "excluding left", "≠ left"),
+    (BURNT, 1, "burnt", "It is burnt."),
+    (BURNT, 0, "It isnt burnt"),
     (SAME, 1, "opposite direction", "They face in the opposite direction.", "A"),
     (SAME, 0, "They are not facing in the opposite direction", "same direction"),
     (CLOSER_A, 1, "A appears closer", "Point A appears to be closer", "A has less depth", "A"),
