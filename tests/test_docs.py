@@ -16,6 +16,7 @@ from benchmarks.readme import TABLES
 from core.options import parse_options
 from eval_cvbench import EvalOptions
 from grpo import GRPOOptions
+from rewards import accuracy_reward
 from sft import SFTOptions
 from toy.world import TASKS
 
@@ -168,6 +169,17 @@ def test_every_metric_is_explained_and_every_explained_metric_is_written(tmp_pat
     written = {re.sub("^rewards/.*", "rewards/<name>", of_a_task.get(n, n)) for n in written}
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
     assert written == {name for row in rows for name in re.findall("`(.*?)`", row)}
+
+
+def test_what_counts_as_right_is_what_the_rewards_pay():
+    page = (ROOT / "docs" / "data.md").read_text().partition("## What counts as right")[2]
+    line = re.compile(r"^\| (.*?) ?\| (.+) \| `(.+)` \| (yes|no) \|$", re.MULTILINE)
+    verdicts = []
+    for options, answer, said, counts in line.findall(page):
+        row = {"options": [text for text in options.split(", ") if text], "answer": answer}
+        assert accuracy_reward(f"<answer>{said}</answer>", row) == (counts == "yes"), said
+        verdicts.append(counts)
+    assert {"yes", "no"} <= set(verdicts)
 
 
 def test_no_file_names_a_path_of_the_machine_it_was_written_on():
