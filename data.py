@@ -1,4 +1,4 @@
-"""Every dataset as the same rows, and every prompt.
+"""Load every dataset as the same rows, and build every prompt.
 
     rows = load_rows("sat")          # or toy, another of DATASETS, a hub id, a local path
     build_prompt(rows[17], "base")   # reading a row may raise BadRow
@@ -29,7 +29,6 @@ class BadRow(ValueError):
 
     def __init__(self, row_id: str, reason: str):
         super().__init__(f"{row_id}: {reason}")
-        self.id, self.reason = row_id, reason
 
 
 # --- prompts -------------------------------------------------------------------------------------

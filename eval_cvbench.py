@@ -8,7 +8,8 @@ How this differs from the paper's code:
    option A.) Compare this one with the paper's total, which is a mean over all questions.
 3. `official` is CV-Bench's own: the mean of 2D (the mean of ADE20K and COCO) and 3D (Omni3D).
 
-The same command continues an evaluation. The number of processes does not change a response.
+Run the same command again to continue an evaluation. The number of processes does not change a
+response.
 
     accelerate launch eval_cvbench.py                                  # toy model, any CPU
     accelerate launch eval_cvbench.py --model outputs/grpo-sat/final   # CV-Bench, one GPU
@@ -20,7 +21,6 @@ The same command continues an evaluation. The number of processes does not chang
 import json
 import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ from rewards import extract_answer, is_correct, open_value, reflects, stated_opt
 class EvalOptions(StageOptions):
     dataset: str = flag("auto", f"toy, {', '.join(BENCHMARKS)}, or your own file or folder")
     data_path: list[str] = flag([], "Local copy of the benchmark", group="evaluation")
-    limit: int | None = flag(None, "Use only the first questions", ge=1)
+    limit: int | None = flag(None, "Use only this many questions", ge=1)
     batch_size: int = flag(64, "Questions decoded together; changes only rounding", paper=8, ge=1)
     max_completion_length: int = flag(96, "Longest response in tokens", paper=1024, ge=1)
     samples: int = flag(1, "Responses per question, for pass@k", ge=1)
@@ -130,7 +130,8 @@ def evaluate(options: EvalOptions) -> None:
     check_sources(options, options.model, options.data_path)
     trained, given = run_config(options.model), {"revision": options.data_revision}
     given |= {"data_path": options.data_path, "image_folder": options.image_folder}
-    split = "eval" if options.dataset in ("toy", trained.get("dataset")) else "all"
+    known = {Path(name).absolute() for name in ("toy", trained.get("dataset", "toy"))}
+    split = "eval" if Path(options.dataset).absolute() in known else "all"
     rows = load_rows(options.dataset, split, options.seed, options.limit, **given)
     bad = find_bad_rows(rows)
     skipped = [f"row {i + 1}, {reason}" for i, reason in bad.items()]
@@ -146,6 +147,7 @@ def evaluate(options: EvalOptions) -> None:
     if style == "auto":
         style = trained.get("style_used", processor.default_style)
     settings["style_used"] = style
+    # a checksum, as any type of 16 or 32 bits can be viewed as int16
     settings["weights"] = sum(int(p.view(torch.int16).sum()) for p in model.parameters())
     done = open_responses(path, settings, options.overwrite, rows) if rank == 0 else []
     done, size, k = set(gather_object(done)), options.batch_size, options.samples
@@ -227,7 +229,7 @@ def compare(names: list[str]) -> None:
         row = {column: 100 * share for column, share in row.items() if share is not None}
         groups[folder] = [row]
         seeds.setdefault(re.sub("(?<!checkpoint)-[0-9]+$", "-*", folder), []).append(row)
-    groups |= {road: rows for road, rows in seeds.items() if len(rows) > 1}
+    groups |= {name: rows for name, rows in seeds.items() if len(rows) > 1}
     for name, rows in groups.items():
         print(name.ljust(max(map(len, groups))), end="")
         for column in rows[0]:
@@ -238,9 +240,7 @@ def compare(names: list[str]) -> None:
 
 
 def main() -> None:
-    # --benchmark is the first version's name of --dataset.
-    argv = [re.sub("^--benchmark", "--dataset", word) for word in sys.argv[1:]]
-    options = parse_options(EvalOptions, __doc__, argv)
+    options = parse_options(EvalOptions, __doc__)
     if not options.rescore and not options.compare:
         return evaluate(options)
     try:

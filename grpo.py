@@ -17,13 +17,14 @@ How this differs from GRPO as published (arXiv 2402.03300) and from VisualThinke
 6. With --beta 0 there is no reference model, and a group without signal costs no training forward.
 
     accelerate launch grpo.py                         # the toy world, any CPU, minutes
-    accelerate launch grpo.py --dataset sat           # the paper's run, one GPU with 80 GB
+    accelerate launch grpo.py --dataset sat           # the paper's run; we estimate one 80 GB GPU
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600  # several processes: seconds to save after Ctrl-C
     accelerate launch --config_file configs/ddp.yaml grpo.py --dataset sat     # several GPUs
     accelerate launch --config_file configs/fsdp.yaml grpo.py --dataset sat    # several, sharded
 
-Letters: B prompts, G completions per prompt, P prompt length, C completion length, V vocabulary.
-Rows are prompt-major: completion g of prompt b is row b * G + g.
+Letters: B prompts (b of them in this process), G completions per prompt, N completions,
+C completion length, R reward functions. Rows are prompt-major: completion g of prompt b is row
+b * G + g.
 """
 
 import contextlib
@@ -124,7 +125,7 @@ def compute_advantages(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
     """
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
-    centred = centred.masked_fill(equal, 0.0)  # not a rounding error
+    centred = centred.masked_fill(equal, 0.0)  # exactly 0, not a rounding error
     if scale_rewards == "group":
         return centred / (rewards.std(dim=1, keepdim=True) + 1e-4)
     if scale_rewards == "batch":
@@ -241,11 +242,14 @@ def score(rollout: Rollout, functions: dict[str, Callable]) -> Tensor:
 
 
 def compute_gradients(policy, batches: list[MicroBatch], options, accelerator) -> dict[str, float]:
-    """Forward and backward of every micro-batch. Returns the loss and means over trained tokens."""
+    """Forward and backward of every micro-batch. Returns the loss and means over trained tokens.
+
+    The first update after a rollout also sets each `old_per_token_logps`.
+    """
     policy.train()
-    totals = torch.zeros(7, device=accelerator.device)
-    for number, batch in enumerate(batches):
-        last = number == len(batches) - 1
+    sums = torch.zeros(7, device=accelerator.device)
+    for i, batch in enumerate(batches):
+        last = i == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(policy):
             logps, entropy = policy(batch.packed, options.temperature)  # (b, G, C) both
             logps, entropy = logps.flatten(0, 1), entropy.flatten(0, 1)
@@ -270,10 +274,10 @@ def compute_gradients(policy, batches: list[MicroBatch], options, accelerator) -
         # the sampler's log-probabilities against those of the training pass (k3, as in the loss)
         gap = torch.where(trained, batch.old_per_token_logps - batch.sampling_logps, 0.0)
         gap_kl = (gap.exp() - gap - 1).sum()
-        sums = [loss.detach(), tokens, (entropy * trained).sum(), stats["kl"] * tokens]
-        sums += [stats["clip_ratio"] * tokens, gap.abs().sum(), gap_kl]
-        totals += torch.stack(sums)
-    loss, tokens, *sums = accelerator.reduce(totals, "sum").tolist()
+        of_batch = [loss.detach(), tokens, (entropy * trained).sum(), stats["kl"] * tokens]
+        of_batch += [stats["clip_ratio"] * tokens, gap.abs().sum(), gap_kl]
+        sums += torch.stack(of_batch)
+    loss, tokens, *sums = accelerator.reduce(sums, "sum").tolist()
     names = ("entropy", "kl", "clip_ratio", "sampling/logp_difference", "sampling/kl")
     means = {name: total / max(tokens, 1) for name, total in zip(names, sums, strict=True)}
     return {"loss": loss, **means}
@@ -326,16 +330,16 @@ def main() -> int | None:
         if options.eval_steps and (step % options.eval_steps == 0 or step == options.max_steps):
             metrics |= test(step)
         logs.metrics(metrics)
-        if logs.is_best(metrics):
+        if logs.note_best(metrics):
             save("best")
         if step % options.num_iterations:
             continue  # a run can only resume between two rollouts
-        stopping = stop.received()
-        if stopping or (options.save_steps and step % options.save_steps < options.num_iterations):
+        exit_code = stop.received()
+        if exit_code or (options.save_steps and step % options.save_steps < options.num_iterations):
             save(f"checkpoint-{step}", optimizer)
-        if stopping:
+        if exit_code:
             logs.say_stopped(step)
-            return stop.exit_code
+            return exit_code
     save("final")
     logs.conclude(prompts.skipped)
 

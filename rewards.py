@@ -109,7 +109,7 @@ def stated_option(text: str, options: Sequence[str]) -> int | None:
     if DENIAL.search(words(options[index])):  # "No, it is not" states "no"
         return None if f" not {NAMED}" in rest else index
     voids = VOIDS_NUMBER if option_values[index] else NEGATION
-    if voids.search(words(options[index])):  # "wrong way": only words beside it count
+    if voids.search(words(options[index])):  # "wrong way": only words next to it count
         sentences = [re.sub("|".join(map(re.escape, found)), NAMED, s) for s in sentences]
         found = [NAMED]
     voided = any(voids.search(s) and any(name in s for name in found) for s in sentences)

@@ -46,7 +46,7 @@ class SFTOptions(TrainingOptions):
     max_steps: int = flag(120, "Updates", paper=3750, group="optimization", ge=1)  # 2 * 15000 / 8
     learning_rate: float = flag(3e-4, "Peak learning rate of AdamW", paper=2e-5, ge=0)
     lr_schedule: Literal["linear", "cosine", "constant"] = flag(
-        "linear", "Learning rate after the warm-up"
+        "linear", "Schedule after the warm-up"
     )
     warmup_ratio: float = flag(0.1, "Share of updates that warm up", paper=0.0, ge=0, le=1)
     target: Literal["answer", "trace"] = flag(
@@ -115,7 +115,7 @@ def main() -> int | None:
     add_adapters(model, options.lora_rank, options.seed, sampler.model.dtype)
     bare = options.target == "answer"
     style = "base-direct" if bare and processor.default_style == "base" else None
-    check = partial(target_text, target=options.target)
+    check = partial(target_text, target=options.target)  # raises BadRow
     prompts = Prompts(rows, options, processor, options.rows_per_update, style, check)
     if options.epochs:
         rows_of_run = options.epochs * len(prompts.usable)
@@ -145,14 +145,14 @@ def main() -> int | None:
             sampler.refresh(policy)
             metrics |= test(step)
         logs.metrics(metrics)
-        if logs.is_best(metrics):
+        if logs.note_best(metrics):
             save("best")
-        stopping = stop.received()
-        if stopping or (options.save_steps and step % options.save_steps == 0):
+        exit_code = stop.received()
+        if exit_code or (options.save_steps and step % options.save_steps == 0):
             save(f"checkpoint-{step}", optimizer)
-        if stopping:
+        if exit_code:
             logs.say_stopped(step)
-            return stop.exit_code
+            return exit_code
     save("final")
     logs.conclude(prompts.skipped)
 

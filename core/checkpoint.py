@@ -97,9 +97,9 @@ def save_model(policy, processor, options, accelerator, name: str, optimizer=Non
     if optimizer is not None:
         optimizer = optimizer.optimizer
         state["optimizer"] = sharded.get_optimizer_state_dict(policy, optimizer, options=WHOLE)
-        if options.lora_rank:  # the model beside it is merged and rounded
+        if options.lora_rank:  # the saved weights are merged and rounded
             trained = sharded.get_model_state_dict(policy, options=ADAPTERS)
-            # torch does not ignore the head, which is frozen under the embedding's name too
+            # torch keeps the tied head, because it is frozen under the embedding's name
             state["adapters"] = {name: w for name, w in trained.items() if "lora_" in name}
     if accelerator.is_main_process:
         target = Path(options.output_dir) / name

@@ -99,7 +99,7 @@ def trained_tokens(rollout: Rollout, options, accelerator: Accelerator) -> tuple
 
 
 def rollout_records(rollout: Rollout, rewards: Tensor, advantages: Tensor, options) -> list[dict]:
-    """The first groups as lines of rollouts.jsonl. `rewards` (b, G, R), `advantages` (b, G)."""
+    """The first groups, for `Logs.rollouts`. `rewards` (b, G, R), `advantages` (b, G)."""
     G = options.num_generations
     return [
         {
@@ -114,7 +114,7 @@ def rollout_records(rollout: Rollout, rewards: Tensor, advantages: Tensor, optio
 
 @dataclass
 class MicroBatch:
-    """Some groups, as one training forward takes them. Token tensors are (n*G, C)."""
+    """The n groups of one training forward. Token tensors are (n*G, C)."""
 
     packed: Packed
     weights: Tensor  # zero where a token is not trained
@@ -134,7 +134,7 @@ def make_micro_batches(
     advantages: Tensor,
     weights: Tensor,
 ) -> list[MicroBatch]:
-    """Pack the groups, `options.prompts_per_forward` together, and ask the reference.
+    """Pack `options.prompts_per_forward` groups at a time and compute the reference's logps.
 
     `advantages` (b, G), `weights` (b*G, C). Without KL a group without advantage changes nothing,
     so it is left out. All processes make the same number of micro-batches, because they meet in

@@ -88,8 +88,8 @@ class Logs:
             doomed += list_checkpoints(self.folder)
             doomed += [self.folder / name for name in ("final", "best", "images")]
         for metrics in read_lines(self.folder / "metrics.jsonl"):
-            self.is_best(metrics)
-        if self.best[1] > self.start_step:  # a model of updates that are made again
+            self.note_best(metrics)
+        if self.best[1] > self.start_step:  # it is of updates that this run repeats
             doomed, self.best = [*doomed, self.folder / "best"], (-1.0, 0)
         for path in filter(Path.exists, doomed):
             shutil.rmtree(path)
@@ -134,8 +134,8 @@ class Logs:
                 line |= record | {"prompt": record["prompt"].text}
                 file.write(json.dumps(line) + "\n")
 
-    def is_best(self, metrics: dict) -> bool:
-        """Whether this update has the highest held-out accuracy so far. If so, remember it."""
+    def note_best(self, metrics: dict) -> bool:
+        """Remember this update, and return True, if its held-out accuracy is the highest so far."""
         accuracy = metrics.get("eval/accuracy")
         if not metrics["step"] or accuracy is None or accuracy <= self.best[0]:
             return False

@@ -46,7 +46,9 @@ class StageOptions:
     model: str = flag(
         "toy", "`toy`, a hub id or a folder", paper="Qwen/Qwen2-VL-2B", group="model and data"
     )
-    dataset: str = flag("toy", "toy, sat, clevr, clevr-cot, geoqa, a hub id, a folder or a file")
+    dataset: str = flag(
+        "toy", "toy, sat, clevr, clevr-cot, geoqa, geometry3k, a hub id, folder or file"
+    )
     image_folder: str | None = flag(None, "Folder that image paths in the data start from")
     revision: str | None = flag(None, "Branch, tag or commit of the model on the hub")
     data_revision: str | None = flag(None, "Branch, tag or commit of the dataset on the hub")
@@ -54,15 +56,19 @@ class StageOptions:
         "auto", "auto: instruct for a model that ends its turn with <|im_end|>, else base"
     )
     max_pixels: int | None = flag(
-        None, "Largest image; default: the model's, at most 401408", ge=784
+        None, "Most pixels of an image; default: the model's, at most 401408", ge=784
     )
 
     recipe: Literal["auto", "toy", "paper"] = flag(
-        "auto", "Defaults of all flags; auto: toy for a toy model or dataset", group="run"
+        "auto",
+        "Defaults of all flags; auto: that of the model's run, else toy for toy model or data",
+        group="run",
     )
     config: str | None = flag(None, "YAML file of flags, or the config.json of an earlier run")
-    output_dir: str | None = flag(None, "Folder to write; default outputs/<stage>-<dataset>")
-    resume: bool = flag(False, "Continue from the newest checkpoint in the run's folder")
+    output_dir: str | None = flag(
+        None, "Folder to write; default outputs/<stage>-<dataset>[-<model>]"
+    )
+    resume: bool = flag(False, "Continue from the newest checkpoint; evaluations always continue")
     overwrite: bool = flag(False, "Delete the run that the folder holds and start again")
     seed: int = flag(0, "Seed of the data order and of sampling", paper=42, ge=0, le=2**63 - 1)
     precision: Literal["auto", "bf16", "fp32"] = flag(
@@ -76,18 +82,18 @@ class TrainingOptions(StageOptions):
 
     max_prompt_length: int = flag(1024, "Skip rows whose prompt has more tokens", ge=1)
     max_images: int | None = flag(None, "Skip rows with more images; default 1 for sat", ge=1)
-    subset: int | None = flag(None, "Use only the first rows; default 15000 for sat, 0: all", ge=0)
+    subset: int | None = flag(None, "Use only this many rows; default 15000 for sat, 0: all", ge=0)
 
     max_steps: int = flag(230, "Updates", paper=1500, group="optimization", ge=1)
     learning_rate: float = flag(1.2e-4, "Peak learning rate of AdamW", paper=1e-6, ge=0)
     lr_schedule: Literal["linear", "cosine", "constant"] = flag(
-        "constant", "Learning rate after the warm-up", paper="linear"
+        "constant", "Schedule after the warm-up", paper="linear"
     )
     warmup_ratio: float = flag(0.75, "Share of updates that warm up", paper=0.0, ge=0, le=1)
     weight_decay: float = flag(0.0, "Weight decay of AdamW", ge=0)
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0 does not clip", ge=0)
     freeze: Literal["none", "vision", "language"] = flag("none", "Part that is not trained")
-    lora_rank: int = flag(0, "Train adapters of the language model; 0: all weights", ge=0)
+    lora_rank: int = flag(0, "Rank of the language model's adapters; 0 trains all weights", ge=0)
     gradient_checkpointing: bool = flag(False, "Compute layers twice to save memory", paper=True)
 
     eval_rows: int = flag(200, "Held-out questions", ge=1, group="evaluation and checkpoints")

@@ -155,7 +155,7 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 
 
 def use_packed_attention(model: nn.Module) -> None:
-    """Let the language model attend by `packed_attention`. Without a packing it is sdpa."""
+    """Let the language model attend by `packed_attention`. Without `packed` it is sdpa."""
     model.config.get_text_config()._attn_implementation = "packed"
 
 
@@ -220,7 +220,7 @@ def see_blank_image(model: nn.Module) -> Tensor:
 
 
 class Policy(nn.Module):
-    """What DDP and FSDP wrap. They act on `forward` alone, so it returns what is trained."""
+    """What DDP and FSDP wrap. They hook `forward` alone, so it computes what needs gradients."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

@@ -47,8 +47,9 @@ def launch(main: Callable[[], int | None]) -> None:
         code = 128 + signal.SIGINT
     except (torch.OutOfMemoryError, MemoryError) as error:
         error.add_note(
-            "Out of memory: lower --prompts_per_forward (or --rows_per_forward) or "
-            "--max_completion_length, or add --gradient_checkpointing or --lora_rank 16."
+            "Out of memory: lower --prompts_per_forward (sft.py: --rows_per_forward, "
+            "eval_cvbench.py: --batch_size) or --max_completion_length. In training, add "
+            "--gradient_checkpointing or --lora_rank 16."
         )
         raise
     except RuntimeError as error:
@@ -70,7 +71,7 @@ def launch(main: Callable[[], int | None]) -> None:
 def start_accelerator(options: StageOptions) -> Accelerator:
     """Accelerate with bf16 over fp32 weights on GPUs, fp32 on CPUs, or what `--precision` says.
 
-    (`accelerate launch` always passes a precision, "no" by default, so it is not asked.)
+    (`accelerate launch` always passes a precision, "no" by default, so that one is ignored.)
     Raises UserError if the launcher started more processes than accelerate sees, or if the tracker
     is not installed.
     """
@@ -95,7 +96,7 @@ def start_accelerator(options: StageOptions) -> Accelerator:
         cpu=not gpu,
         log_with=log_with,
         project_dir=options.output_dir,
-        # rank 0 may write 26 GB while the others wait
+        # rank 0 may write 27 GB while the others wait
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     if not gpu:
@@ -154,14 +155,10 @@ class StopSignal:
         if self.accelerator.is_main_process:  # not print, which the signal may have interrupted
             os.write(2, b"\nfinishing this update, then saving; Ctrl-C again stops at once\n")
 
-    def received(self) -> bool:
-        """True on every process as soon as one of them was asked to stop."""
-        asked = torch.tensor([self.number], device=self.accelerator.device)
-        return bool(self.accelerator.gather(asked).any())
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + (self.number or signal.SIGTERM)
+    def received(self) -> int:
+        """The exit code, on every process, as soon as one of them was asked to stop, else 0."""
+        code = torch.tensor([self.number and 128 + self.number], device=self.accelerator.device)
+        return int(self.accelerator.gather(code).max())
 
 
 class Replica:

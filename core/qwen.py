@@ -201,7 +201,7 @@ def cannot_load(name: str, reason: object) -> UserError:
 def read_checked(file: Path) -> dict:
     """The content of a JSON file. Raises ValueError if a JSON file or a file of weights is damaged.
 
-    The message names the file behind a link: deleting a link in the hub's cache mends nothing.
+    The message names the file behind a link: deleting a link in the hub's cache does not help.
     """
     try:
         if file.suffix == ".safetensors":
@@ -212,7 +212,7 @@ def read_checked(file: Path) -> dict:
 
 
 def load_for_training(options: TrainingOptions, checkpoint: Path | None):
-    """The checkpoint that is resumed, or the model that was asked for."""
+    """Model and processor of the checkpoint, or else of `--model`. Some flags must not change."""
     saved = run_config(checkpoint) if checkpoint else {}
     for name in ("lora_rank", "freeze", "num_iterations"):
         if name in saved and saved[name] != getattr(options, name):

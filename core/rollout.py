@@ -1,8 +1,8 @@
 """Sample completions of each prompt from the policy, without a filter.
 
 Tokens are drawn from softmax(logits / temperature) over the whole vocabulary, except the vision
-tokens: a sampled one breaks the next forward pass. A draw is a function of (seed, step, prompt,
-completion, position), so neither the batching nor the number of processes changes it.
+tokens: a sampled one breaks the next forward pass. A draw is a function of (seed, rollout,
+prompt, completion, position), so neither the batching nor the number of processes changes it.
 `core/decoder.py` defines the letters.
 """
 
@@ -22,12 +22,14 @@ def uniforms(seed: int, step: int, prompts: list[int], G: int, C: int) -> Tensor
     return torch.from_numpy(np.stack([np.random.default_rng(key).random(C) for key in keys]))
 
 
-def draw(logits: Tensor, temperature: float, uniform: Tensor, excluded: Tensor):
+def draw(
+    logits: Tensor, temperature: float, uniform: Tensor, excluded: Tensor
+) -> tuple[Tensor, Tensor]:
     """Draw a token per row: logits (n, V), uniform (n,) -> tokens and log-probabilities, (n,).
 
     A row's token is the first whose cumulative probability exceeds its uniform number. The
     log-probabilities are those of the full softmax, `excluded` tokens included, as in training.
-    Temperature 0 takes the likeliest token, and its log-probability at temperature 1.
+    Temperature 0 takes the likeliest token and returns its log-probability at temperature 1.
     """
     logits = logits.float() / (temperature or 1.0)
     logps = torch.log_softmax(logits, -1)
@@ -83,7 +85,8 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample `num_generations` completions of each of B prompts.
 
-    `prompts` are their indices in this step. "captured" decoding replays CUDA graphs.
+    `step` is the number of the rollout and `prompts` are the indices of its prompts, by default
+    0 … B - 1. "captured" decoding replays CUDA graphs. Raises UserError where there are none.
 
     Returns `completion_ids`, `completion_mask` and `logps` (see `draw`), all (B*G, C), where C is
     the length of the longest completion. The mask includes the end token and nothing after it.

@@ -20,7 +20,7 @@ NEGATION = re.compile(
     " (?:not|no|never|neither|nor|none|non|except|instead|opposite|wrong|incorrect|false|не|nicht"
     "|keine?|pas|jamais|nunca|não|[≠¬✗✘❌]) "
 )
-# Beside one of these a number is not the value: "3 + x", "more than 3", "sin 30".
+# A number next to one of these is not the value: "3 + x", "more than 3", "sin 30".
 VOIDS_NUMBER = re.compile(
     NEGATION.pattern
     + r"| (?:[+^/±≤≥<>\\]|pi|sqrt|cbrt|sin|cos|tan|cot|log|ln|than|more|less|fewer) "
@@ -56,7 +56,10 @@ def values(text: str) -> list[tuple[str, str]]:
 
 
 def agree(one: tuple[str, str], other: tuple[str, str]) -> bool:
-    """Whether two values have equal numbers, and one unit or none on one side. 50% is also 0.5."""
+    """Whether two values have equal numbers, and units that agree as far as both go.
+
+    50% is also 0.5.
+    """
     (a, unit_a), (b, unit_b) = one, other
     if any(x != y for x, y in zip(unit_a.split(), unit_b.split(), strict=False)):
         return False

@@ -51,7 +51,7 @@ def sample(model, inputs: dict, end_id: int) -> tuple[Tensor, Tensor]:
     ids = model.generate(**inputs, **drawing, max_new_tokens=MAX_C, suppress_tokens=vision)
     completion_ids = ids[:, inputs["input_ids"].shape[1] :]  # (N, P + C) -> (N, C)
     is_end = (completion_ids == end_id).long()
-    return completion_ids, (is_end.cumsum(1) - is_end == 0).long()  # 1 up to the first end token
+    return completion_ids, (is_end.cumsum(1) == is_end).long()  # 1 up to the first end token
 
 
 def compute_advantages(rewards: Tensor) -> Tensor:

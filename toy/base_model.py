@@ -142,13 +142,8 @@ def batch(world: ToyRows, indices: range, weights: tuple, processor) -> tuple[di
     inputs = processor.encode(prompts, [row["images"] for row in rows])
     ids, mask = processor.encode_targets(texts)  # (B, C)
     labels = F.pad(ids.masked_fill(mask == 0, -100), (inputs["input_ids"].shape[1], 0), value=-100)
-    for name, more in (
-        ("input_ids", ids),
-        ("attention_mask", mask),
-        ("mm_token_type_ids", torch.zeros_like(ids)),
-    ):
-        inputs[name] = torch.cat([inputs[name], more], dim=1)
-    return inputs, labels
+    more = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": torch.zeros_like(ids)}
+    return inputs | {name: torch.cat([inputs[name], x], 1) for name, x in more.items()}, labels
 
 
 def pretrain(model: nn.Module, processor: Processor, steps: int, seed: int) -> None:

@@ -4,8 +4,8 @@ A scene is a grid of 3 x 3 cells, 28 pixels wide each, so that one cell is one m
 Four of them hold an object. The questions are Count, Relation (left, right, above, below),
 Depth (large means near) and Distance (in steps on the grid).
 
-The text reads an object as "red square 2 1 large": a large red square in column 2, row 1, counted
-from the top left.
+The text describes an object as "red square 2 1 large": a large red square in column 2, row 1,
+counted from the top left.
 
 `toy/base_model.py` pretrains a tiny Qwen2-VL on four habits. They are put there on purpose, as the
 internet put habits into Qwen2-VL-2B:
@@ -126,27 +126,21 @@ def ask(task: str, scene: list[Thing], rng: random.Random) -> Question | None:
         what = f"{value}s" if attribute == "shape" else f"{value} objects"
         text, options = f"How many {what} are in the image?", ["0", "1", "2", "3"]
         return Question(task, text, options, str(total), counted=value) if total <= 3 else None
+    evidence = [(a, a.reading), (b, b.reading)]
     if task == "Relation":
         axis, options = rng.choice((("x", ["left", "right"]), ("y", ["above", "below"])))
-        if getattr(a, axis) == getattr(b, axis):
-            return None
+        one, other = getattr(a, axis), getattr(b, axis)
         text = f"Where is the {a.name} with respect to the {b.name}?"
-        answer = options[getattr(a, axis) > getattr(b, axis)]
-        return Question(task, text, options, answer, evidence=((a, a.reading), (b, b.reading)))
-    if task == "Depth":
-        if a.large == b.large:
-            return None
+    elif task == "Depth":
+        one, other, options = b.large, a.large, [a.name, b.name]
         text = f"Which is closer to the camera, the {a.name} or the {b.name}?"
-        answer = a.name if a.large else b.name
-        evidence = ((a, a.reading), (b, b.reading))
-        return Question(task, text, [a.name, b.name], answer, evidence=evidence)
-    to_b, to_c = a.steps_to(b), a.steps_to(c)
-    if to_b == to_c:
+    else:
+        one, other, options = a.steps_to(b), a.steps_to(c), [b.name, c.name]
+        text = f"Which is closer to the {a.name}, the {b.name} or the {c.name}?"
+        evidence[1:] = (b, f"{b.reading} {one} away"), (c, f"{c.reading} {other} away")
+    if one == other:  # the option of the smaller one is right
         return None
-    text = f"Which is closer to the {a.name}, the {b.name} or the {c.name}?"
-    answer = b.name if to_b < to_c else c.name
-    evidence = [(a, a.reading), (b, f"{b.reading} {to_b} away"), (c, f"{c.reading} {to_c} away")]
-    return Question(task, text, [b.name, c.name], answer, evidence=tuple(evidence))
+    return Question(task, text, options, options[one > other], evidence=tuple(evidence))
 
 
 # --- habits --------------------------------------------------------------------------------------
