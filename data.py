@@ -48,7 +48,7 @@ TEMPLATES = {  # upstream's words; it never asks a base model for <answer> tags
     "final answer (option) in <answer> </answer> tags.<|im_end|>\n<|im_start|>assistant\n",
 }
 STYLES = tuple(TEMPLATES)
-MARK = re.compile(r"<image(?:[ _]?(\d+))?>")
+MARK = re.compile(r"<image(?:[ _-]?(\d+))?>", re.IGNORECASE)
 
 
 def build_prompt(row: dict, style: str) -> str:
@@ -81,17 +81,17 @@ def clean(text: str) -> str:
 # --- rows ----------------------------------------------------------------------------------------
 
 FIELDS = ("question", "options", "answer", "task", "source", "thinking")
-CHOICES = {"options": "choices", "wording": "prompt"}
 SAT = {"answers", "correct_answer"}
 LAYOUTS = (  # the columns that identify a published layout; field of a row -> its column there
     (SAT, {"options": "answers", "answer": "correct_answer", "task": "question_type"}),
-    ({"choices", "prompt", "sub_task"}, CHOICES | {"task": "sub_task"}),  # BLINK
-    ({"choices", "prompt", "idx"}, CHOICES),  # CV-Bench
+    ({"choices", "prompt", "sub_task"}, {"wording": "prompt", "task": "sub_task"}),  # BLINK
+    ({"choices", "prompt", "idx"}, {"wording": "prompt"}),  # CV-Bench
     ({"choices"}, {"options": "choices"}),
-    ({"problem", "answer"}, {"question": "problem"}),  # geometry3k; a `solution` is reasoning
+    ({"problem", "answer"}, {"answer": "answer"}),  # geometry3k; a `solution` is reasoning
     ({"problem"}, {"question": "problem", "answer": "solution"}),  # CLEVR, GeoQA
 )
-OPTION_COLUMN = re.compile("[A-H]|(?:option|choice)[ _]?[A-H1-8]", re.IGNORECASE)
+OPTION_COLUMN = re.compile("[A-J]|(?:option|choice)[ _]?[A-J0-9]", re.IGNORECASE)
+LIKELY_OPTIONS = r"(?i)(answer_)?(option|choice|candidate)s?([ _]?(\w|\d+|list))?"
 
 
 class Rows(Sequence):
@@ -122,27 +122,35 @@ class Rows(Sequence):
 
 def _unify(record: dict, name: str) -> dict:
     """A record (column -> value) in any layout as a row whose images are still encoded."""
-    if "image_link" in record:  # VSR
+    if {"image_link", "caption", "label"} <= record.keys():  # VSR
         ask = "Is the following statement about the image true or false? "
         record = record | {"question": ask + _text(record, "caption"), "options": ["True", "False"]}
-        record["answer"] = {"0": "False", "1": "True"}.get(str(record.get("label")))
-    if {"choices", "lecture"} <= record.keys():  # ScienceQA's answer counts from 0
-        record = record | {"answer": dict(enumerate(record["choices"] or ())).get(record["answer"])}
+        label = str(record["label"]).removesuffix(".0")
+        record["answer"] = {"0": "False", "1": "True"}.get(label, label)
+    choices, at = record.get("choices") or (), record.get("answer")
+    if type(at) is int and str in map(type, choices):  # it counts from 0: ScienceQA, MMLU
+        if "lecture" not in record and str(at) in choices and choices.index(str(at)) != at:
+            raise ValueError(f"its answer {at} may be a place or a text among its choices")
+        record = record | {"answer": dict(enumerate(choices)).get(at)}
     columns = {field: field for field in FIELDS} | _layout(record.keys())
     numbered = filter(files.NUMBERED_IMAGE.fullmatch, record)
     hidden = {*FIELDS, *files.IMAGE_COLUMNS, *numbered, "wording"}
     row = {column: value for column, value in record.items() if column not in hidden}
-    unread = [c for c in filter(files.LIKELY_IMAGE.fullmatch, row) if not _is_empty(row[c])]
+    unread = [c for c, v in row.items() if v and v == v and re.fullmatch(files.LIKELY_IMAGE, c)]
     row |= {"images": files.encoded_images(record), "task": name, "source": name}
     if unread and not row["images"]:
         raise ValueError(f"its column {unread[0]} is not read: call it `image`")
     row["options"] = options = _options(record, columns.pop("options"))
+    unread = [c for c, v in row.items() if v and v == v and re.fullmatch(LIKELY_OPTIONS, c)]
+    if unread and not options:
+        raise ValueError(f"its column {unread[0]} is not read: call it `options`")
     for field, column in columns.items():
         if field in ("question", "answer") or not _is_empty(record.get(column)):
             row[field] = _text(record, column, {"answer": "answer", "thinking": "think"}.get(field))
     if options:
         right = stated_option(row["answer"], options)
-        if right is None or options.count(options[right]) > 1:
+        letters = [chr(65 + i) for i in range(len(options)) if i != right]  # of other options
+        if right is None or options.count(options[right]) > 1 or options[right].upper() in letters:
             raise ValueError(f"its answer {row['answer']!r:.80} does not name one of its options")
         row["answer"] = options[right]
     elif row["answer"].startswith(("['", '["')) or not is_correct(row["answer"], row):
@@ -152,7 +160,7 @@ def _unify(record: dict, name: str) -> dict:
 
 def _layout(columns: Set[str]) -> dict[str, str]:
     """Field of a row -> its column in the published layout that has these columns."""
-    return next((layout for key, layout in LAYOUTS if key <= columns), {})
+    return {f: c for key, layout in LAYOUTS[::-1] if key <= columns for f, c in layout.items()}
 
 
 def _is_empty(value: Any) -> bool:
@@ -175,10 +183,10 @@ def _text(record: Mapping, column: str, tag: str | None = None) -> str:
 
 def _options(record: dict, column: str) -> list[str]:
     """The options of a list, of a list written as text, or of columns A, B, … or option_a, …"""
-    options = record.get(column)
+    options = record.get(column) or record.get("options")
     columns = {name[-1].upper(): name for name in record if OPTION_COLUMN.fullmatch(name)}
     if _is_empty(options) and len(columns) > 1:
-        places = "12345678" if "1" in columns else "ABCDEFGH"
+        places = "0123456789"["0" not in columns :] if "1" in columns else "ABCDEFGHIJ"
         options = [record.get(columns.get(place)) for place in places]
     if isinstance(options, str):
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
@@ -238,7 +246,7 @@ def load_rows(
     name, whole = str(name), split == "all" or name in BENCHMARKS
     split = "train" if split == "train" and name not in BENCHMARKS else "eval"
     if name == "toy":
-        return ToyRows(split, seed, limit or (100_000 if split == "train" else 1_000))
+        return ToyRows(split, seed, limit or subset or (100_000 if split == "train" else 1_000))
     if name == "sat":  # upstream's recipe
         subset, max_images = 15_000 if subset is None else subset, max_images or 1
     sources, repo, patterns = files.locate(name, DATASETS, data_path)

@@ -8,8 +8,7 @@ How this differs from the paper's code:
    option A.) Compare this one with the paper's total, which is a mean over all questions.
 3. `official` is CV-Bench's own: the mean of 2D (the mean of ADE20K and COCO) and 3D (Omni3D).
 
-Run the same command again to continue an evaluation. The number of processes does not change a
-response.
+Run the same command again to continue. The number of processes does not change a response.
 
     accelerate launch eval_cvbench.py                                  # toy model, any CPU
     accelerate launch eval_cvbench.py --model outputs/grpo-sat/final   # CV-Bench, one GPU
@@ -21,6 +20,7 @@ response.
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +169,7 @@ def evaluate(options: EvalOptions) -> None:
         records = gather_object(records)
         if rank == 0:
             with open(path, "a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+                file.writelines(json.dumps(record, default=str) + "\n" for record in records)
     if rank == 0:
         publish(path, read_responses(path), skipped)
 
@@ -203,10 +203,12 @@ def open_responses(path: Path, settings: dict, overwrite: bool, rows: Sequence[d
 
 def read_responses(path: Path) -> list[dict]:
     """The records. Raises KeyError if one lacks what a score needs, ValueError if there is none."""
-    if not (records := [json.loads(line) for line in open(path)]):
+    if not (records := [json.loads(line) for line in open(path) if line.strip()]):
         raise ValueError("it holds no responses")
-    needed = "options", "answer", "response"
-    return [record | {key: record[key] for key in needed} for record in records]
+    for record in records:
+        record["options"] = [*map(str, record["options"] or ())]
+        record["answer"], record["response"] = str(record["answer"]), str(record["response"])
+    return records
 
 
 def publish(path: Path, records: list[dict], skipped: list[str]) -> None:
@@ -240,7 +242,9 @@ def compare(names: list[str]) -> None:
 
 
 def main() -> None:
-    options = parse_options(EvalOptions, __doc__)
+    # `--benchmark` is another name of `--dataset`, which scripts may still use.
+    argv = [re.sub("^--benchmark", "--dataset", word) for word in sys.argv[1:]]
+    options = parse_options(EvalOptions, __doc__, argv)
     if not options.rescore and not options.compare:
         return evaluate(options)
     try:

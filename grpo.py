@@ -22,18 +22,15 @@ How this differs from GRPO as published (arXiv 2402.03300) and from VisualThinke
     accelerate launch --config_file configs/ddp.yaml grpo.py --dataset sat     # several GPUs
     accelerate launch --config_file configs/fsdp.yaml grpo.py --dataset sat    # several, sharded
 
-Letters: B prompts (b of them in this process), G completions per prompt, N completions,
-C completion length, R reward functions. Rows are prompt-major: completion g of prompt b is row
-b * G + g.
+Letters: B prompts, b of them in this process, G completions of each, N completions, C completion
+length, R reward functions. Rows are prompt-major: completion g of prompt b is row b * G + g.
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import Literal
 
 import torch
@@ -68,21 +65,21 @@ class GRPOOptions(TrainingOptions):
         ["accuracy", "format"], "Added up: accuracy, format, length, path/to/file.py:function",
         group="rollout",
     )  # fmt: skip
-    reward_weights: list[float] = flag([], "A weight for each of --rewards; default 1")
+    reward_weights: list[float] = flag([], "A weight per reward; default 1", ge=-1e6, le=1e6)
     num_generations: int = flag(8, "G, completions per prompt", ge=2)
     prompts_per_update: int = flag(8, "B, prompts per update over all processes", ge=1)
     max_completion_length: int = flag(96, "C, maximum tokens per completion", paper=700, ge=1)
-    temperature: float = flag(1.0, "Temperature of sampling and of the trained policy", gt=0)
+    temperature: float = flag(1.0, "Temperature of sampling and of the trained policy", ge=0.01)
     decoding: Literal["eager", "captured"] = flag("eager", "captured replays CUDA graphs")
     log_groups: int = flag(2, "Groups per rollout written to rollouts.jsonl", ge=0)
 
     num_iterations: int = flag(1, "Updates per rollout", ge=1, group="GRPO")
     prompts_per_forward: int = flag(8, "Groups per training forward, for memory", paper=1, ge=1)
-    beta: float = flag(0.0, "Weight of the KL to the reference; 0 loads none", paper=0.04, ge=0)
+    beta: float = flag(0.0, "Weight of the KL; 0 loads no reference", paper=0.04, ge=0, le=100)
     epsilon: float | None = flag(
         None, "Lower clip bound is 1 - epsilon; default 0.2, with sequence 3e-4", ge=0, le=1
     )
-    epsilon_high: float | None = flag(None, "Upper clip bound minus 1; default epsilon", ge=0)
+    epsilon_high: float | None = flag(None, "Upper clip bound - 1; default epsilon", ge=0, le=1e6)
     loss_type: Literal["grpo", "dapo", "dr_grpo", "cispo"] = flag(
         "grpo", "Token losses are averaged per completion (grpo), over all tokens (dapo, arXiv "
         "2503.14476) or by a constant (dr_grpo, arXiv 2503.20783); cispo (arXiv 2506.13585) clips "
@@ -123,6 +120,7 @@ def compute_advantages(rewards: Tensor, scale_rewards: str = "group") -> Tensor:
     tensor([[ 0.8659, -0.8659, -0.8659,  0.8659],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
+    rewards = rewards + 0.0  # integers have no mean
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     centred = centred.masked_fill(equal, 0.0)  # exactly 0, not a rounding error
@@ -234,7 +232,7 @@ def score(rollout: Rollout, functions: dict[str, Callable]) -> Tensor:
         prompt = rollout.prompts[row // G]
         for name, function in functions.items():
             reward = function(prompt.opening + completion, prompt.row)
-            if not isinstance(reward, Real) or not math.isfinite(reward):
+            if not hasattr(reward, "__float__") or not -1e30 < reward < 1e30:
                 where = f"row {prompt.row['id']}"
                 raise UserError(f"the reward {name} returned {reward!r} for {where}, not a number")
             rewards.append(float(reward))
@@ -242,10 +240,7 @@ def score(rollout: Rollout, functions: dict[str, Callable]) -> Tensor:
 
 
 def compute_gradients(policy, batches: list[MicroBatch], options, accelerator) -> dict[str, float]:
-    """Forward and backward of every micro-batch. Returns the loss and means over trained tokens.
-
-    The first update after a rollout also sets each `old_per_token_logps`.
-    """
+    """Forward and backward of every micro-batch. Returns the loss and means over trained tokens."""
     policy.train()
     sums = torch.zeros(7, device=accelerator.device)
     for i, batch in enumerate(batches):
@@ -254,7 +249,7 @@ def compute_gradients(policy, batches: list[MicroBatch], options, accelerator) -
             logps, entropy = policy(batch.packed, options.temperature)  # (b, G, C) both
             logps, entropy = logps.flatten(0, 1), entropy.flatten(0, 1)
             if batch.old_per_token_logps is None:
-                batch.old_per_token_logps = logps.detach()
+                batch.old_per_token_logps = logps.detach()  # in the first update after a rollout
             trained = batch.weights > 0
             per_token_loss, stats = grpo_loss(
                 logps,

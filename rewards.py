@@ -39,8 +39,7 @@ def accuracy_reward(completion: str, row: dict) -> float:
 def format_reward(completion: str, row: dict) -> float:
     """1.0 for `<think>…</think> <answer>…</answer>` with only whitespace around them, else 0.0.
 
-    The answer must not be empty. A missing `<think>` is put in front, because a prompt may end
-    with it.
+    The answer must not be empty. A `<think>` that ended the prompt is put in front.
     """
     text = completion if "<think>" in completion else "<think>" + completion
     if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
@@ -164,13 +163,14 @@ def stated_value(text: str) -> str | None:
 
 
 NAMED = " # "  # replaces the name of an option in a text
-FILLER = re.compile(r" (?:final|answer|option|is|it|\.) ")
+FILLER = re.compile(r" (?:final|answer|option|is|it|答  案|\.) ")
 LETTERED = re.compile(r"\(?[A-H][).:] +\w")  # an open answer with its letter, "B. left"
 CLOSED = ([*"abcdefgh"], ["yes", "no"], ["true", "false"])  # open answers, judged like options
 # The letter in "A: cup", "a) cup", "(a) cup", "[A] cup", "A.cup", "A - cup", "Option A: cup" and
 # where it is all, but none in "A: B". The digit in "1. cup", but none in "1.5 m".
 OWN_LETTER = re.compile(
-    r"\A\s*(?:(?:option|choice) +)?[(\[【*]*([A-Z]|\d(?=[.):\]】、*]+\s*[^\W\d]))"
+    r"\A\s*(?:(?:option|choice|answer) +)?[(\[【*]*"
+    r"([A-Z]|\d(?=(?:[.):\]】、*]+\s*|\s+[-–—]\s+)[^\W\d]))"
     r"(?:\s*[)\]】*.:、|\t\n]+\s*|\s+[-–—]\s+|\s*\Z)(?!\s*[A-Z]\s*\Z)",
     re.IGNORECASE,
 )

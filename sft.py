@@ -45,9 +45,7 @@ from rewards import accuracy_reward, is_correct
 class SFTOptions(TrainingOptions):
     max_steps: int = flag(120, "Updates", paper=3750, group="optimization", ge=1)  # 2 * 15000 / 8
     learning_rate: float = flag(3e-4, "Peak learning rate of AdamW", paper=2e-5, ge=0)
-    lr_schedule: Literal["linear", "cosine", "constant"] = flag(
-        "linear", "Schedule after the warm-up"
-    )
+    lr_schedule: Literal["linear", "cosine", "constant"] = flag("linear", "Schedule after warm-up")
     warmup_ratio: float = flag(0.1, "Share of updates that warm up", paper=0.0, ge=0, le=1)
     target: Literal["answer", "trace"] = flag(
         "answer", "The bare answer, or the row's `thinking` and the answer in tags", group="SFT"

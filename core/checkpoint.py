@@ -58,12 +58,16 @@ def find_checkpoint(options: TrainingOptions, accelerator: Accelerator) -> Path 
         if accelerator.is_main_process:
             print(f"{folder} is complete: all {options.max_steps} updates are done")
         sys.exit(0)
-    if done and newest is None:
+    if newest is None and (folder / "final").exists():
         raise UserError(
-            f"{folder} is a finished run of {done} updates without a checkpoint: train "
-            f"{folder / 'final'} further with --model and another --output_dir, or start again "
-            "with --overwrite in place of --resume"
+            f"{folder} is a finished run without a checkpoint: train {folder / 'final'} further "
+            "with --model and another --output_dir, or start again with --overwrite, not --resume"
         )
+    saved = run_config(newest) if newest else {}
+    now = vars(options) | {"stage": Path(sys.argv[0]).stem}
+    for name in ("stage", "model", "freeze", "lora_rank", "num_iterations"):
+        if name in saved and saved[name] != now.get(name):
+            raise UserError(f"{newest} was made with --{name} {saved[name]}, which must stay")
     if accelerator.is_main_process:
         print(f"resuming from {newest}" if newest else f"no checkpoint in {folder}: starting anew")
     return newest

@@ -23,8 +23,8 @@ from core.errors import UserError
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ALL = ("*.parquet", "*.jsonl")
 HELD_OUT = re.compile(  # a word in a path that says that the file is held out
-    "(?:mini)?(?:val(?:id(?:at(?:ion|e))?)?|dev|eval(?:uat(?:ion|e))?|test(?:ing)?|(?:hold|held)"
-    "(?:out)?)(?:mini|dev|test|std|set|data|dataset|cases|split|[a-z])?"
+    "(?:mini)?(?:val(?:id(?:at(?:ion|e))?)?|dev(?:elopment)?|eval(?:uat(?:ion|e))?|test(?:ing)?"
+    "|(?:hold|held)(?:out)?)(?:mini|dev|test|std|set|data|dataset|cases|split|[a-z])?"
 )
 TRAIN = re.compile("train(?:ing)?(?:set|data|dataset|split)?")
 
@@ -38,7 +38,7 @@ def locate(
     """
     repo, patterns = known.get(name, (name, ALL))
     paths = [data_path] if isinstance(data_path, str | Path) else data_path or []
-    if not paths and name not in known and (Path(name).exists() or any(map(Path(name).match, ALL))):
+    if not paths and repo == name and (os.path.exists(name) or any(map(Path(name).match, ALL))):
         paths = [name]
     for path in paths:
         if not Path(path).exists():
@@ -79,7 +79,8 @@ def split_files(
             name = "" if file == source else f"/{file.relative_to(source)}".lower()
             if "/." not in name and any(map(file.match, patterns if name else ALL)):
                 words = re.findall("[a-z]+", name)
-                ranks = [("test" in w, "mini" not in w, w) for w in words if HELD_OUT.fullmatch(w)]
+                said = filter(HELD_OUT.fullmatch, words)
+                ranks = [("test" in w, w[:3] == "dev", "mini" not in w, w) for w in said]
                 train = "train" if any(map(TRAIN.fullmatch, words)) else ""
                 found.setdefault(min(ranks, default=train), []).append((name.count("/"), file))
     for kind, files in found.items():
@@ -148,15 +149,16 @@ def _records(path: str) -> Iterator[dict]:
                 yield from batch.to_pylist()
     else:
         with open(path, encoding="utf-8-sig") as lines:
-            yield from (dict(json.loads(line)) for line in lines if line.strip())
+            yield from ({**json.loads(line)} for line in lines if line.strip())
 
 
 # --- images --------------------------------------------------------------------------------------
 
-IMAGE_COLUMNS = "images image_bytes decoded_image image image_path image_paths img".split()
-IMAGE_COLUMNS += ["file_name"]  # of an image folder's metadata.jsonl
+IMAGE_COLUMNS = (
+    "images image_bytes decoded_image image image_path image_paths img file_name".split()
+)
 NUMBERED_IMAGE = re.compile(r"im(?:age|g)_?\d+", re.IGNORECASE)
-LIKELY_IMAGE = re.compile("(?:image|img|picture|photo)s?_?(?:path|url|name|file(?:name)?)?", re.I)
+LIKELY_IMAGE = r"(?i)(\w+_)?(image|img|picture|photo|jpg)s?(\w*(path|url|link|list|id|name|file))?"
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS, which runs a program
 FORMATS += ["AVIF"] if pillow_reads("avif") else []
 Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many before it decodes anything
@@ -168,7 +170,8 @@ def encoded_images(record: dict) -> list:
     for column in IMAGE_COLUMNS:
         if (value := record.get(column)) not in (None, []):
             return value if isinstance(value, list) else [value]
-    return [value for name, value in record.items() if value and NUMBERED_IMAGE.fullmatch(name)]
+    names = filter(NUMBERED_IMAGE.fullmatch, sorted(sorted(record), key=len))  # image_10 is last
+    return [record[name] for name in names if record[name]]
 
 
 def to_image(value: Any, folders: Sequence[Path] = ()) -> Image.Image:
@@ -192,7 +195,7 @@ def to_image(value: Any, folders: Sequence[Path] = ()) -> Image.Image:
         if image.mode[0] in "IF":  # 16 bits, 32 bits or floats, which convert() would clip at 255
             # The file does not say which value is white, so the largest value has to: 1, or the
             # end of as many bits as it needs (12 in many sensors).
-            pixels = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0, 65535)
+            pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0).clip(0, 65535)
             bits = max(8, int(pixels.max()).bit_length()) if pixels.max() >= 2 else 1
             image = Image.fromarray((pixels * 255 / (2**bits - 1)).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
@@ -212,7 +215,7 @@ def _path_inside(value: str, folders: Sequence[Path]) -> Path:
     """
     paths = [Path(os.path.abspath(folder / value)) for folder in folders]  # follows no link
     roots = [root for folder in folders for root in (folder.absolute(), folder.resolve())]
-    for path in paths:
-        if not any(p.is_relative_to(root) for p in (path, path.resolve()) for root in roots):
-            raise ValueError(f"path leads out of the dataset's folders: {value!r:.100}")
-    return next(filter(Path.exists, paths), paths[0])
+    inside = [p for p in paths if any(q.is_relative_to(r) for q in (p, p.resolve()) for r in roots)]
+    if not inside:
+        raise ValueError(f"path leads out of the dataset's folders: {value!r:.100}")
+    return next(filter(Path.exists, inside), inside[0])

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import sys
 import time
 import zlib
@@ -24,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from core.checkpoint import list_checkpoints
+from core.checkpoint import list_checkpoints, remove
 from core.options import TrainingOptions
 from core.prompts import Prompts
 from core.qwen import count_parameters
@@ -87,12 +86,14 @@ class Logs:
         if config["overwrite"] and not config["resume"]:
             doomed += list_checkpoints(self.folder)
             doomed += [self.folder / name for name in ("final", "best", "images")]
+            for events in self.folder.rglob("events.out.tfevents*"):  # of tensorboard
+                events.unlink()
         for metrics in read_lines(self.folder / "metrics.jsonl"):
             self.note_best(metrics)
         if self.best[1] > self.start_step:  # it is of updates that this run repeats
             doomed, self.best = [*doomed, self.folder / "best"], (-1.0, 0)
         for path in filter(Path.exists, doomed):
-            shutil.rmtree(path)
+            remove(path)
         write_whole(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
         for path in (self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"):
             kept = read_lines(path) if self.start_step else []
@@ -128,9 +129,8 @@ class Logs:
         with open(self.folder / "rollouts.jsonl", "a") as file:
             for record in records:
                 row = record["prompt"].row
-                line = {"step": step, "split": split}
+                line = dict(step=step, split=split, images=save_images(self.folder, row, split))
                 line |= {k: row[k] for k in ("id", "task", "question", "options", "answer")}
-                line |= {"images": save_images(self.folder, row, split)}
                 line |= record | {"prompt": record["prompt"].text}
                 file.write(json.dumps(line) + "\n")
 

@@ -31,11 +31,10 @@ def prepare(
 
 def learning_rate(options: TrainingOptions, step: int) -> float:
     """The learning rate of update `step`, counted from 1."""
-    done = step - 1
     warmup = int(options.warmup_ratio * options.max_steps)
-    if done < warmup:
+    if step <= warmup:
         return options.learning_rate * step / warmup
-    done = (done - warmup) / max(1, options.max_steps - warmup)
+    done = (step - 1 - warmup) / max(1, options.max_steps - warmup)
     decay = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}
     return options.learning_rate * decay[options.lr_schedule]
 
@@ -57,8 +56,7 @@ class GuardedStep:
         rate = learning_rate(self.options, step)
         for group in self.optimizer.param_groups:
             group |= {"lr": rate, "weight_decay": self.options.weight_decay}
-        # without a limit the norm is still measured
-        limit = self.options.max_grad_norm or math.inf
+        limit = self.options.max_grad_norm or math.inf  # to measure the norm without a limit
         grad_norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), limit))
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:

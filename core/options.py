@@ -46,9 +46,7 @@ class StageOptions:
     model: str = flag(
         "toy", "`toy`, a hub id or a folder", paper="Qwen/Qwen2-VL-2B", group="model and data"
     )
-    dataset: str = flag(
-        "toy", "toy, sat, clevr, clevr-cot, geoqa, geometry3k, a hub id, folder or file"
-    )
+    dataset: str = flag("toy", "toy, sat, clevr, clevr-cot, geoqa, geometry3k, a hub id or a path")
     image_folder: str | None = flag(None, "Folder that image paths in the data start from")
     revision: str | None = flag(None, "Branch, tag or commit of the model on the hub")
     data_revision: str | None = flag(None, "Branch, tag or commit of the dataset on the hub")
@@ -65,9 +63,7 @@ class StageOptions:
         group="run",
     )
     config: str | None = flag(None, "YAML file of flags, or the config.json of an earlier run")
-    output_dir: str | None = flag(
-        None, "Folder to write; default outputs/<stage>-<dataset>[-<model>]"
-    )
+    output_dir: str | None = flag(None, "Run folder; default outputs/<stage>-<dataset>[-<model>]")
     resume: bool = flag(False, "Continue from the newest checkpoint; evaluations always continue")
     overwrite: bool = flag(False, "Delete the run that the folder holds and start again")
     seed: int = flag(0, "Seed of the data order and of sampling", paper=42, ge=0, le=2**63 - 1)
@@ -87,7 +83,7 @@ class TrainingOptions(StageOptions):
     max_steps: int = flag(230, "Updates", paper=1500, group="optimization", ge=1)
     learning_rate: float = flag(1.2e-4, "Peak learning rate of AdamW", paper=1e-6, ge=0)
     lr_schedule: Literal["linear", "cosine", "constant"] = flag(
-        "constant", "Schedule after the warm-up", paper="linear"
+        "constant", "Schedule after warm-up", paper="linear"
     )
     warmup_ratio: float = flag(0.75, "Share of updates that warm up", paper=0.0, ge=0, le=1)
     weight_decay: float = flag(0.0, "Weight decay of AdamW", ge=0)
@@ -96,7 +92,7 @@ class TrainingOptions(StageOptions):
     lora_rank: int = flag(0, "Rank of the language model's adapters; 0 trains all weights", ge=0)
     gradient_checkpointing: bool = flag(False, "Compute layers twice to save memory", paper=True)
 
-    eval_rows: int = flag(200, "Held-out questions", ge=1, group="evaluation and checkpoints")
+    eval_rows: int = flag(200, "Held-out questions", ge=1, le=10**6, group="evaluation, saving")
     eval_steps: int = flag(10, "Updates between evaluations; 0: never evaluate", paper=100, ge=0)
     save_steps: int = flag(40, "Updates between checkpoints; 0: none, only final/", paper=100, ge=0)
     save_total_limit: int = flag(2, "Checkpoints to keep; 0 keeps all", ge=0)
@@ -105,9 +101,7 @@ class TrainingOptions(StageOptions):
     def check(self) -> None:
         """Raise UserError for values that do not fit together."""
         if self.lora_rank and self.freeze == "language":
-            raise UserError(
-                "argument --lora_rank: trains the language model, which --freeze language freezes"
-            )
+            raise UserError("argument --lora_rank: it trains what --freeze language freezes")
 
 
 # --- from the command line to values -------------------------------------------------------------
@@ -122,6 +116,9 @@ HUGGING_FACE = {  # what people who know transformers and TRL type first
     "model_name_or_path": "--model",
     "dataset_name": "--dataset",
     "bf16": "--precision bf16",
+    "torch_dtype": "--precision",
+    "max_new_tokens": "--max_completion_length",
+    "resume_from_checkpoint": "--resume",
 }
 
 
@@ -136,6 +133,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,  # `read` returns only what was given
         )
+        self._negative_number_matcher = re.compile(r"-[\d.]|-inf|-nan")  # -1e-5 is a number, too
         kinds, group = typing.get_type_hints(options_class), self
         self.names = kinds.keys()
         for f in dataclasses.fields(options_class):
@@ -174,7 +172,7 @@ class Parser(argparse.ArgumentParser):
                     words.append(f"--{name}")
                     words += map(show, value if isinstance(value, list) else [value])
             return self.read(words)
-        except (OSError, yaml.YAMLError, UserError) as error:
+        except (OSError, ValueError, TypeError, yaml.YAMLError, UserError) as error:
             raise UserError(f"config file {path}: {error}") from error
 
 
@@ -189,7 +187,7 @@ def settings_of(kind, limits: dict) -> dict:
         kind = typing.get_args(kind)[0]
 
     def read(text: str):
-        if optional and text == "none":
+        if optional and text.lower() == "none":
             return None
         value = kind(text)
         if kind is not str:

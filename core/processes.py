@@ -20,7 +20,6 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
-    LoggerType,
 )
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -87,10 +86,7 @@ def start_accelerator(options: StageOptions) -> Accelerator:
     log_with = getattr(options, "log_with", None)
     installed = ["all", *map(str, get_available_trackers())]
     if log_with and log_with not in installed:  # accelerate would leave it out without a message
-        wrong = f"--log_with {log_with} is not installed"
-        if log_with not in LoggerType.list():
-            wrong = f"unknown tracker {log_with}"
-        raise UserError(f"{wrong}. Installed: {', '.join(installed)}")
+        raise UserError(f"--log_with {log_with} is not installed. Valid: {', '.join(installed)}")
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         cpu=not gpu,
@@ -131,12 +127,10 @@ def set_up_cpu(accelerator: Accelerator) -> None:
 
 def share_of(options: StageOptions, name: str, accelerator: Accelerator) -> range:
     """This process's places among the prompts or rows that the option counts."""
-    share, rest = divmod(getattr(options, name), accelerator.num_processes)
+    count, processes = getattr(options, name), accelerator.num_processes
+    share, rest = divmod(count, processes)
     if rest:
-        raise UserError(
-            f"--{name} {getattr(options, name)} must be a multiple of the "
-            f"{accelerator.num_processes} processes"
-        )
+        raise UserError(f"--{name} {count} must be a multiple of the {processes} processes")
     return range(share * accelerator.process_index, share * (accelerator.process_index + 1))
 
 

@@ -212,11 +212,7 @@ def read_checked(file: Path) -> dict:
 
 
 def load_for_training(options: TrainingOptions, checkpoint: Path | None):
-    """Model and processor of the checkpoint, or else of `--model`. Some flags must not change."""
-    saved = run_config(checkpoint) if checkpoint else {}
-    for name in ("lora_rank", "freeze", "num_iterations"):
-        if name in saved and saved[name] != getattr(options, name):
-            raise UserError(f"{checkpoint} was made with --{name} {saved[name]}, which must stay")
+    """Model and processor of the checkpoint that is resumed, or else of `--model`."""
     if options.lora_rank:  # a checkpoint's adapters belong to the unmerged model
         checkpoint = None
     return load_policy(

@@ -22,9 +22,7 @@ def uniforms(seed: int, step: int, prompts: list[int], G: int, C: int) -> Tensor
     return torch.from_numpy(np.stack([np.random.default_rng(key).random(C) for key in keys]))
 
 
-def draw(
-    logits: Tensor, temperature: float, uniform: Tensor, excluded: Tensor
-) -> tuple[Tensor, Tensor]:
+def draw(logits: Tensor, temperature: float, uniform: Tensor, excluded: Tensor):
     """Draw a token per row: logits (n, V), uniform (n,) -> tokens and log-probabilities, (n,).
 
     A row's token is the first whose cumulative probability exceeds its uniform number. The

@@ -15,16 +15,18 @@ from unicodedata import normalize
 
 MAX_TEXT = 5000  # characters; only the two ends of a longer text are read
 
-DENIAL = re.compile(" (?:not|no|never|neither|nor|none) ")
+DENIAL = re.compile(" (?:not|no|never|neither|nor|none|nein|non|нет|否|い  い  え) ")
 NEGATION = re.compile(
-    " (?:not|no|never|neither|nor|none|non|except|instead|opposite|wrong|incorrect|false|не|nicht"
-    "|keine?|pas|jamais|nunca|não|[≠¬✗✘❌]) "
+    " (?:not|no|never|neither|nor|none|non|except|instead|opposite|wrong|incorrect|false|nope"
+    "|hardly|unlikely|impossible|excluded?|eliminated?|ruled?  out|не|nicht|keine?|pas|jamais|nunca"
+    "|não|nie|değil|δεν|ليس|לא|[≠¬✗✘❌]) "
 )
 # A number next to one of these is not the value: "3 + x", "more than 3", "sin 30".
 VOIDS_NUMBER = re.compile(
     NEGATION.pattern
     + r"| (?:[+^/±≤≥<>\\]|pi|sqrt|cbrt|sin|cos|tan|cot|log|ln|than|more|less|fewer) "
-    r"| at  (?:least|most) | (?:over|under|above|below)  -?\d"
+    r"| (?:(?:at  (?:least|most)|up  to|almost|nearly|exceeds?|plus|or  greater"
+    r"|and  (?:up|above|over)) |(?:over|under|above|below)  -?\d)"
 )
 
 
@@ -56,10 +58,7 @@ def values(text: str) -> list[tuple[str, str]]:
 
 
 def agree(one: tuple[str, str], other: tuple[str, str]) -> bool:
-    """Whether two values have equal numbers, and units that agree as far as both go.
-
-    50% is also 0.5.
-    """
+    """Whether two values have equal numbers, and one unit or one without. 50% is also 0.5."""
     (a, unit_a), (b, unit_b) = one, other
     if any(x != y for x, y in zip(unit_a.split(), unit_b.split(), strict=False)):
         return False
@@ -118,12 +117,13 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {word: i for i, word in enumerate(ONES)} | {w: 10 * i for i, w in enumerate(TENS, 2)}
 HAN = "一二三四五六七八九"
 NUMBERS |= {digit: i for i, digit in enumerate(HAN, 1)} | {"两": 2}
-LARGE = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+LARGE = dict(dozen=12.0, hundred=1e2, thousand=1e3, million=1e6, billion=1e9, trillion=1e12)
 SMALL = rf"(?:(?:{'|'.join(TENS)})[- ](?:{'|'.join(ONES[1:10])})|{'|'.join([*ONES, *TENS])})\b"
 TIMES = rf"(?:(?:{SMALL}|\d+(?:\.\d+)?) )?(?:{'|'.join(LARGE)})\b"
 NUMBER_WORDS = (
     rf"\b(?:{TIMES}(?:,? (?:and )?{TIMES})*(?: (?:and )?{SMALL})?|{SMALL})"
-    rf"|(?:[{HAN}]?十[{HAN}]?|[{HAN}两])(?=[个個只隻张張条把辆本块位匹棵])"
+    rf"|(?<![百千万零十两{HAN}])(?:[{HAN}]?十[{HAN}]?|[{HAN}两])"
+    r"(?=[个個只隻张張条把辆本块位匹棵人名度厘毫米つ]|$)"
 )
 
 
@@ -145,15 +145,17 @@ def _digits(match: re.Match) -> str:
 
 PARTS = {"halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7}
 PARTS |= {"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12}
-UNITS = {"sec": "s", "second": "s", "minute": "min", "hr": "h", "hour": "h", "foot": "ft"}
-UNITS |= {"feet": "ft", "inche": "inch", "mile": "mi", "kilo": "kg", "kg": "kg", "min": "min"}
-UNITS |= {"pound": "lb", "ounce": "oz", "yard": "yd", "year": "yr", "yr": "yr"}
+UNITS = dict(sec="s", second="s", minute="min", min="min", hr="h", hour="h", foot="ft", feet="ft")
+UNITS |= dict(
+    inche="inch", mile="mi", yard="yd", kilo="kg", kg="kg", pound="lb", ounce="oz", yr="yr"
+)
+UNITS |= dict(year="yr", newton="n", volt="v", joule="j", watt="w", kelvin="k", ohm="ω")
 HAN_UNITS = {"厘米": "cm", "公分": "cm", "毫米": "mm", "千米": "km", "公里": "km", "米": "m"}
-LATEX = {"pm": "±", "mp": "±", "ge": "≥", "geq": "≥", "le": "≤", "leq": "≤", "gt": ">", "lt": "<"}
-LATEX |= {"ne": "≠", "neq": "≠", "alpha": "α", "beta": "β", "gamma": "γ", "theta": "θ", "phi": "φ"}
+LATEX = dict(pm="±", mp="±", ge="≥", geq="≥", le="≤", leq="≤", gt=">", lt="<", ne="≠", neq="≠")
+LATEX |= dict(alpha="α", beta="β", gamma="γ", theta="θ", phi="φ", angle="∠", triangle="△")
 LATEX |= {name: f" {name} " for name in ("sin", "cos", "tan", "cot", "log", "ln", "not")}
 
-FOLD = str.maketrans("’º˚∘。÷−–‐‑", "'°°°./----", "\u200b\ufeff")
+FOLD = str.maketrans("’º˚∘。÷−–‐‑∶", "'°°°./----:", "\u200b\ufeff")
 FOLD |= {zero + i: str(i) for zero in map(ord, "٠۰०") for i in range(10)}  # digits of other scripts
 PLURAL = re.compile(r"(?:(?<=\w\w\w)|(?<=\b[ckm]m)|(?<=\bkg)|(?<=\blb))s\b")
 # The "a" of "a chair", "a 3D view" and of a text cut off after "there is a" is no option's letter.
@@ -161,25 +163,28 @@ PLURAL = re.compile(r"(?:(?<=\w\w\w)|(?<=\b[ckm]m)|(?<=\bkg)|(?<=\blb))s\b")
 ARTICLE = re.compile(
     r"(?<![Oo]ption )(?<![Cc]hoice )(?<![Aa]nswer )(?:"
     r"\b(?<!<)[AaI] +(?=['\"`*“‘]*[^\W\d_]{2}|\d+[-A-Za-z])"
-    r"(?!(?i:is|was|has|and|or|nor|vs|as|in|because|since|(?:appear|look|seem)s?)\b)"
+    r"(?!(?i:is|was|has|would|should|must|and|or|nor|vs|as|in|because|since|appear|look|seem)s?\b)"
     r"(?!(?i:left|right|above|below|yes|no|true|false)\b(?! +\w))"
-    r"|(?<=\w )(?<!nswer is )a\s*\Z)"
+    r"|(?<=\w )(?<!nswer is )(?<!ption is )(?<!hoice is )(?<!hoose )(?<!elect )a\s*\Z)"
 )
 REWRITES = [  # applied in this order
+    (r" ?\\(?:text|math|boxed)[a-z]* *\{ ?([^{}]*)\}", r" \1"),  # \text{cm}
     (r" ?\^? ?\{? ?\\(?:circ|degree)(?![a-z]) ?\}?|\^\{?°\}?", "°"),
     (rf"\\({'|'.join(LATEX)})(?![a-z])", lambda match: LATEX[match[1]]),
     (r"\b(?:anti|counter)[- ]?(?=clock-?wise)", "counter"),
     (r"\b(north|south)[- ](?=(?:east|west)\b)", r"\1"),
-    (r"\b(?:anything|all) but\b|\b(?:other than|excluding|far from)\b", " not "),
+    (r"\b(?:(?:any|every)(?:thing)?|all)(?: options?)? but\b", " not "),
+    (r"\b(?:other than|excluding|far from)\b", " not "),
+    (r"\b(?:right|correct) (?=(?:answer|option|choice)\b)|\bbased on\b|正[确確](?=答案|选项)", " "),
     (r"[没沒][错錯]|非常|(?<=答案)[是为為]", " "),  # "not wrong", "very" and "is" deny nothing
     (r"(?:\A|(?<=[=(,])) *- +(?=[\d.√\\])", "-"),  # "x = - 5"
     (r"(?<=[\d°)}]) ?- ?(?=[α-ωa-z]\b)", " ± "),  # "90 - x" has no value
-    (r"(?:∠|\\angle ?|_)\{?\d+\}?(?= ?= ?-?\d)", " "),  # "∠1 = 35°"
+    (r"(?:∠ ?|_)\{?\w{1,3}\}?(?=(?: ?= ?∠ ?\w{1,3}){0,2}(?: ?= ?| is )-?\d)", " "),  # "∠1 = 35°"
     (r"(?:\b[a-z])?'(?:s|d|m|ll|re|ve)\b|\b[a-z]'(?=[a-z])|\b(?:e\.g|i\.e|the|an)\b", " "),
     (r"</\w[^<>]*>|<\w[^<>]*>(?=[^<])", " "),  # HTML
     (r"\bcan(?:no|')t\b", "can not"),
     (r"\b(is|are|was|were|do|does|did|has|have)nt\b", r"\1 not "),  # not "burnt"
-    (r"n't\b|ない|ません|[不没沒非错錯]|아[니닙]", " not "),
+    (r"n't\b|ない|ません|[不没沒非错錯]|아[니닙님]|排除|除了|[别別](?=选|選)", " not "),
     (r"\bno +(?=[^\W\d_])(?!(?:it|there|he|she|they)\b)", "not "),  # "no chairs" states no "no"
     (NUMBER_WORDS, _digits),
     (r"(?<=\d) +and +half\b", " 1/2"),
@@ -187,11 +192,11 @@ REWRITES = [  # applied in this order
     (rf"\b(\d+)[- ]({'|'.join(PARTS)})s?\b", lambda match: f"{match[1]}/{PARTS[match[2]]}"),
     (r"\b(?:minus|negative) |[负負](?=\d)", "-"),
     (r"\b([ap])\.m\b\.?", r"\1m"),
-    (r"(?<=\d):00\b(?!:)", ""),
+    (r"(?<![\d:.])(\d\d?) ?: ?([0-5]\d)(?![\d:])", r"(\1+\2/60)"),  # 7:30
     (r"(?<=\d)\^\{?o\b\}?|(?<=\d) ?deg(?:rees?)?\b|度", "°"),
     (r"(?<=[\d°]) ?°? ?([cf])(?:elsius|ahrenheit)?\b", r"° \1deg"),  # no option's letter
     (r"(?<=\d) ?(?:per ?cent|pct)\b", "%"),
-    (r"\b(?:([ckm])(?:enti|ilo|illi))?([mgl])(?:eter|etre|ram|iter|itre)s?\b", r"\1\2"),
+    (r"\b(?:([cdkm])(?:enti|eci|ilo|illi))?([mgl])(?:eter|etre|ram|iter|itre)s?\b", r"\1\2"),
     (rf"(\d ?|/ ?|\bper )({'|'.join(UNITS)})s?\b", lambda match: match[1] + UNITS[match[2]]),
     (r"(?<=\d) in(?=\W*\Z)", " inch"),
     (r"\beuros?\b", "€"),
@@ -202,9 +207,10 @@ REWRITES = [  # applied in this order
     (r"(?:cubic|立方) *([ckm]?m)\b", r"\1^3"),
     (r"\\times|\\cdot|[×·⋅]| x(?= ?10 ?\^)", "*"),
     (r"(?<=\d)\*\*(?=\d)", "^"),
+    (r"(?<=\d) to (?=\d)", "-"),
     (r" squared\b", "^2"),
     (r" cubed\b", "^3"),
-    (r"(?<=\d) ?([xyz])\b", r"^\1"),  # "3x" is not 3
+    (r"(?<=[\d})]) ?([xyzα-ορ-ψ])\b|(?<=\d)(i)\b", r"^\1\2"),  # "3x" is not 3
     (r"\A([^$]*)\$ ?([\d.,]*\d)([^$]*)\Z", r"\1\2 dollar\3"),  # one $ is not LaTeX
     (r"([€£¥₹₩₽₺₫₪]) ?([\d.,]*\d)", r"\2 \1"),
     (r"\bcube root(?: of)? ", "cbrt"),
@@ -219,8 +225,7 @@ REWRITES = [  # applied in this order
     (r"(?<![\d.])(\d+) *\(\((\d+)\)/\((\d+)\)\)", r"(\1+\2/\3)"),  # 2\frac{1}{2}
     (r"(?<![\d.])(\d+) +(\d+)[/⁄](\d+)\b", r"(\1+\2/\3)"),  # 2½
     (r"\{,\}", ","),
-    (r"\\(?!frac)[a-z]+\{([^{}]*)\}", r"\1"),  # \text{cm}
-    (r"\\(?!frac)(?:[a-z]+|[;:! ])?|\*\*|\$", ""),
+    (r"\\(?!frac)(?:[a-z]+|[;:! ]|,(?!\d))?|\*\*|\$", ""),
     (r"(?<=\d),(?=\d{3}(?!\d))", ""),
     (r"(?<![\d.])0+(?=\d)", ""),
     (r"(?<=[\d)i}]) ?(?:(?:square|sq\.?|cubic) )?units?\b(?!/)", " "),
@@ -228,7 +233,7 @@ REWRITES = [  # applied in this order
     (r"\}", ")"),
     (r"⁄", "/"),
     (r"(?<=[a-z])(?<!pi)\^\(?(-?\d)\)?\^?", r"\1"),  # cm^2
-    (r"(\d\)? ?[a-z]+)(?: ?/ ?| per )(?=[a-z])", r"\1per"),  # m/s
+    (r"(\d\)? *[a-z]+)(?: ?/ ?| per )(?=[a-z])", r"\1per"),  # m/s
     (r"\b([23])d\b", r"dim\1"),  # "a 3D view" has no value
     ("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af])", r" \1 "),
     (r"[!;\n]+|\.(?!\d)", " . "),  # not "?", because "Left? No." denies it
@@ -242,6 +247,7 @@ TERM = rf"(?:-?(?:sqrt|cbrt)?\(\ ?){{0,9}}-?(?:{NUMERAL}|pi\b)(?:\ ?\)){{0,9}}"
 TOKEN = re.compile(
     rf"""
       (?P<value> (?<![\w.]) (?:(?<!\))\+)? {TERM} (?:(?:\ ?[-+*/^]\ ?|\ (?=\d)) {TERM})* (?!\.\d) )
+    | (?<![^\s(=,])-(?=\(*[a-z∞](?!\w))      # the sign of "-x"
     | [^\W_]+(?:\.\d+)*                       # a word, a version "1.2.3"
     | [^\w\s,:'"`*()\[\]_#&|~«»“”‘「」『』【】《》、-]  # a symbol
     """,

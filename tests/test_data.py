@@ -161,11 +161,21 @@ def test_options_that_may_be_lettered_keep_their_order(tmp_path, options, right)
         {"a": "red", "b": "blue"},
         {"option_A": "red", "option_B": "blue", "option_C": None},
         {"choice 1": "red", "choice 2": "blue"},
+        {"option_0": "red", "option_1": "blue"},
+        {"options": ["red", "blue"], "choices": None},
+        {"candidates": ["green"], "options": ["red", "blue"]},
+        dict(zip("ABCDEFGHIJ", ["red", "blue", *"cdefghij"], strict=True)),
     ],
 )
 def test_options_are_read_from_a_list_a_written_list_or_lettered_columns(tmp_path, columns):
     row = one(tmp_path, {"answer": "B", **columns})
-    assert row["options"] == ["red", "blue"] and row["answer"] == "blue"
+    assert row["options"][:2] == ["red", "blue"] and row["answer"] == "blue"
+    assert len(row["options"]) == (10 if "J" in columns else 2)
+
+
+@pytest.mark.parametrize("column", ["candidates", "Options", "option", "choice", "answer_options"])
+def test_options_in_a_column_of_another_name_are_not_silently_left_out(tmp_path, column):
+    assert column in refused(tmp_path, {column: ["red", "blue"], "answer": "B"})
 
 
 @pytest.mark.parametrize(
@@ -179,6 +189,8 @@ def test_options_are_read_from_a_list_a_written_list_or_lettered_columns(tmp_pat
         ({"A": None, "B": float("nan")}, "option is missing or empty"),
         ({"A": "yes", "C": "no"}, "option is missing or empty"),
         ({"options": "yes, no"}, "options has type str instead of a list"),
+        ({"options": ["D", "C", "B", "A"], "answer": "C"}, "does not name one of its options"),
+        ({"choices": ["4", "2", "1"], "answer": 1}, "answer 1 may be a place or a text"),
         ({"options": 2}, "options has type int instead of a list"),
         ({"options": [{"text": "yes"}, {"text": "no"}]}, "option has type dict instead of text"),
         ({"answer": "?"}, "answer '?' can never be right"),
@@ -230,7 +242,12 @@ def test_an_image_is_read_from_any_of_the_usual_columns(tmp_path, column):
     assert [image.getpixel((0, 0)) for image in row["images"]] == [(0, 0, 255)]
 
 
-@pytest.mark.parametrize("column", ["image_url", "img_path", "Image", "picture", "image_filename"])
+OTHERS = (
+    "image_url img_path Image picture image_filename image_list left_image image_id jpg".split()
+)
+
+
+@pytest.mark.parametrize("column", OTHERS)
 def test_an_image_column_of_another_name_is_named_and_not_silently_left_out(tmp_path, column):
     assert column in refused(tmp_path, {"image": None, column: "a.png"})
     assert one(tmp_path, {column: "a.png"})["images"], "beside an image it is another column"
@@ -255,6 +272,7 @@ def test_scienceqa_counts_its_choices_from_zero(tmp_path):
     assert one(tmp_path, {"options": None} | record)["answer"] == "2"
     with pytest.raises(BadRow, match="answer"):
         one(tmp_path, {"options": None} | record | {"answer": 2})
+    assert one(tmp_path, {"choices": ["cup", "plate", "lamp"], "answer": 2})["answer"] == "lamp"
 
 
 @pytest.mark.parametrize("missing", [{}, {"image": None}, {"images": []}])
@@ -324,6 +342,20 @@ def test_clevr_geoqa_and_geometry3k_in_their_published_layouts(tmp_path, columns
     got = load_rows("geometry3k", data_path=tmp_path)[1]
     assert (got["answer"], got["thinking"], got["options"]) == (answer, "one", [])
     assert (got["id"], got["task"], len(got["images"])) == ("geometry3k-train-1", "geometry3k", 1)
+
+
+def test_layouts_can_be_mixed_and_numbered_images_are_in_the_order_of_their_numbers(tmp_path):
+    row = one(
+        tmp_path, {"question": None, "problem": "Which?", "choices": ["a", "b"], "answer": "B"}
+    )
+    assert (row["question"], row["options"], row["answer"]) == ("Which?", ["a", "b"], "b")
+    row = one(tmp_path, {"image_link": "http://x"})
+    assert row["question"] == "Which?", "only VSR has a caption and a label, too"
+    for number in (1, 2, 10):
+        (tmp_path / f"{number}.png").write_bytes(png(size=(30, 30 + number)))
+    images = {f"image_{number}": f"{number}.png" for number in (10, 2, 1)}
+    row = one(tmp_path, {"image": None} | images)
+    assert [image.height for image in row["images"]] == [31, 32, 40]
 
 
 def test_an_empty_list_beside_an_image_does_not_hide_it(tmp_path):

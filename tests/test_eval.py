@@ -345,6 +345,19 @@ def test_rescoring_needs_options_answer_and_response_only(world, evaluate, refer
     assert (scores["accuracy"], scores["accuracy_lenient"]) == (0, 1)
 
 
+def test_rescoring_reads_numbers_as_text_and_a_missing_response_as_wrong(evaluate, tmp_path):
+    path = tmp_path / "responses.jsonl"
+    given = [
+        {"options": [3, 4], "answer": 3, "response": "<answer>3</answer>"},
+        {"options": None, "answer": 3, "response": "<answer>3</answer>"},
+        {"options": [], "answer": "3", "response": None},
+        {"options": [], "answer": "3", "response": "hundred " * 300},  # a model that repeats itself
+    ]
+    path.write_text("".join(json.dumps(line) + "\n\n" for line in given))
+    assert evaluate("unused", "--rescore", path)[0] == 0
+    assert json.loads(path.with_name("scores.json").read_text())["accuracy"] == 0.5
+
+
 def test_a_line_without_a_response_is_named_and_a_mistake_in_the_code_keeps_its_traceback(
     evaluate, monkeypatch, tmp_path
 ):

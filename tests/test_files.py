@@ -195,6 +195,8 @@ def test_a_path_in_the_data_cannot_leave_the_folders_that_the_user_named(folders
         ("traindata valdata", "traindata", "valdata"),
         ("questions validate testcases", "questions", "validate"),
         ("train testset", "train", "testset"),
+        ("train dev validation test", "train", "validation"),
+        ("data development", "data", "development"),
         ("values devices", "devices values", "devices values"),
         ("train responses", "train", "train"),  # the last rows of the train file are held out
     ],
@@ -358,6 +360,8 @@ def test_only_the_files_that_are_read_are_fetched_at_the_revision(
         ("{here}/x.jsonl", "", "no rows in .*x.jsonl"),
         ("{here}/x.jsonl", '{"question": 1}\n{', "cannot read .*x.jsonl, row 1"),
         ("{here}/x.jsonl", "[1]\n", "cannot read .*x.jsonl, row 0"),
+        ("{here}/x.jsonl", '[{"question": 1, "answer": 2}]', "cannot read .*x.jsonl, row 0"),
+        ("", None, "is no dataset, folder or file"),
         ("{here}/x.jsonl", "[" * 100_000, "cannot read .*x.jsonl, row 0"),
         ("{here}/x.jsonl", '{"q": 1, "a": 2}\n', "x.jsonl has no column `question`, only a, q"),
     ],

@@ -31,6 +31,7 @@ def test_advantages_by_hand_with_bessel_corrected_std(scale, stds):
     centred = torch.tensor([[1.0, -1.0, 0.0, 0.0], [-0.5, -0.5, -0.5, 1.5]])
     expected = centred / (torch.tensor(stds)[:, None] + (scale != "none") * 1e-4)
     torch.testing.assert_close(compute_advantages(rewards, scale), expected)
+    torch.testing.assert_close(compute_advantages(rewards.long(), scale), expected)
     equal = compute_advantages(torch.full((3, 8), 1.7), scale)
     assert torch.equal(equal, torch.zeros(3, 8)), "exactly, without a rounding error"
     with pytest.raises(ValueError, match="group, batch or none"):
@@ -268,9 +269,10 @@ def scored(*values) -> torch.Tensor:
 def test_int_bool_and_numpy_rewards_are_numbers():
     assert torch.equal(scored(True, 3), torch.tensor([[[1.0], [3.0]]]))
     assert torch.equal(scored(np.float32(0.5), np.int64(2)), torch.tensor([[[0.5], [2.0]]]))
+    assert torch.equal(scored(np.bool_(True), torch.tensor(0.5)), torch.tensor([[[1.0], [0.5]]]))
 
 
-@pytest.mark.parametrize("value", [None, math.nan, math.inf, "1.0", [1.0]])
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, "1.0", [1.0], 1e39, 10**400])
 def test_any_other_reward_is_an_error_that_names_the_reward_the_row_and_the_value(value):
     with pytest.raises(UserError, match="mine.*toy-train-3-0") as error:
         scored(0.5, value)

@@ -229,7 +229,7 @@ def test_errors_that_need_no_data_come_before_any_request(hub, run, tmp_path):
         (train(new, "--rewards", "accurate"), 2, "unknown reward accurate"),
         (train(new, "--rewards", "mine.py:score"), 2, "there is no file mine.py"),
         (train(tmp_path), 1, "already holds a run"),
-        (train(new, "--log_with", "tensorbord"), 1, "unknown tracker tensorbord"),
+        (train(new, "--log_with", "tensorbord"), 1, "tensorbord is not installed"),
         (train(new, "--dataset", "stat"), 1, "did you mean sat?"),
         (train(new, "--model", "outputs/gone/final"), 1, "there is no such folder"),
         (train(new, "--image_folder", "gone"), 1, "there is no folder gone"),

@@ -93,6 +93,11 @@ def test_a_yaml_file_gives_flags_and_the_command_line_overrides_it(tmp_path, cap
     (tmp_path / "run.yaml").write_text("max_steps: many")
     assert "run.yaml: argument --max_steps" in refused(capsys, "--config", tmp_path / "run.yaml")
     assert "none.yaml" in refused(capsys, "--config", "none.yaml")
+    for content in (b"\xff\xfe\x00", b"seed: 2024-13-45"):  # no text; a date that does not exist
+        (tmp_path / "run.yaml").write_bytes(content)
+        assert "config file" in refused(capsys, "--config", tmp_path / "run.yaml")
+    assert parse("--reward_weights", "-1e-5", 1).reward_weights == [-1e-5, 1]
+    assert parse("--log_with", "None", "--epsilon", "None").log_with is None
 
 
 def test_the_config_json_of_a_run_gives_its_options_but_not_its_folder(tmp_path):
@@ -126,6 +131,8 @@ def test_dashes_are_underscores():
         (["--per_device_train_batch_size", 4], "--prompts_per_update, in sft.py --rows_per_upd"),
         (["--report_to", "wandb"], "Did you mean --log_with?"),
         (["--lr_scheduler_type", "cosine"], "Did you mean --lr_schedule?"),
+        (["--max_new_tokens", 9], "Did you mean --max_completion_length?"),
+        (["--resume_from_checkpoint"], "Did you mean --resume?"),
         (["sat"], "unknown option sat. See --help"),
     ],
 )

@@ -64,6 +64,13 @@ OEN = {"options": ["왼쪽", "오른쪽"], "answer": "왼쪽"}
 SLEVA = {"options": ["слева", "справа"], "answer": "слева"}
 CANNOT = {"options": ["can move", "cannot move"], "answer": "cannot move"}
 NUMBERS = {"options": ["2. cup", "1. plate", "3. lamp"], "answer": "plate"}
+ON = {"options": ["on", "off"], "answer": "off"}
+CORRECT = {"options": ["correct", "incorrect"], "answer": "incorrect"}
+DASHED = {"options": ["1 - cat", "2 - dog"], "answer": "2 - dog"}
+ANSWERED = {"options": ["Answer A: cat", "Answer B: dog"], "answer": "B"}
+AGES = {"options": ["0-5", "6-10"], "answer": "6-10"}
+ODDS = {"options": ["likely", "unlikely"], "answer": "unlikely"}
+NEIN = {"options": ["ja", "nein"], "answer": "nein"}
 THREE = {"options": [], "answer": "3"}
 COLOUR = {"options": [], "answer": "red"}
 
@@ -205,6 +212,32 @@ ANSWERS = [
     (ZUO, 0, "左边是錯的", "沒有左边"),
     (WARM, 1, "25 °C", "25°C", "B. 25 °C", "25 degrees Celsius"),
     (WARM, 0, "20 °C", "C. 25 °C"),
+    # "right answer" names no side, and "based on" no state
+    (SIDE, 1, "The right answer is B", "The right answer is left", "B is the right choice"),
+    (SIDE, 0, "The right answer is A", "What is the right answer?", "right"),
+    (SIDE | {"answer": "right"}, 0, "The right answer is unclear"),
+    (CORRECT, 1, "The correct answer is B", "It is incorrect"),
+    (CORRECT | {"answer": "correct"}, 0, "The correct answer is unclear"),
+    (DUI, 1, "正确答案是B"),
+    (ON, 1, "Based on the image, the light is off", "Based on the image, the answer is B"),
+    (ON | {"answer": "on"}, 0, "Based on the image, it is unclear"),
+    # denied in other words
+    (SIDE, 0, "B is unlikely", "B is impossible", "B can be ruled out", "Eliminate B", "Left? Nope",
+     "hardly left", "B is excluded", "every option but B", "anything but left", "nie left"),
+    (ODDS, 1, "unlikely", "It is unlikely.", "B"),
+    (ODDS, 0, "likely", "It is not unlikely"),
+    (ZUO, 0, "除了左边", "排除A", "别选A"),
+    (OEN, 0, "왼쪽 아님"),
+    (NEIN, 1, "Nein, es ist nicht so", "nein"),
+    # letters in other phrases
+    (SIDE, 1, "B would be the answer", "B must be it"),
+    (TABLE, 1, "The correct option is a", "I choose a", "A should be the answer", "select a"),
+    (DASHED, 1, "dog", "2", "2 - dog"),
+    (DASHED, 0, "cat", "1", "2 - cat"),
+    (ANSWERED, 1, "dog", "B. dog", "B"),
+    (ANSWERED, 0, "cat", "B. cat", "A"),
+    (AGES, 1, "6 to 10", "6-10", "B"),
+    (AGES, 0, "0 to 5", "6", "10"),
     # options with a number of their own
     (NUMBERS, 1, "1", "(1)", "plate", "1. plate", "the plate", "B"),
     (NUMBERS, 0, "2", "2. plate", "cup", "(2) cup", "1 or 2", "4"),

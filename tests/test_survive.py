@@ -212,9 +212,10 @@ def test_resuming_starts_continues_or_refuses_and_says_so(model, whole, tmp_path
 
     for step in (4, 6, 8):
         shutil.rmtree(folder / f"checkpoint-{step}")
+    (folder / "final" / "run_config.json").unlink()
     before = state(folder)
     line = assert_fails(Stage("--resume", "--max_steps", 9, output_dir=folder))
-    assert "finished run of 8 updates without a checkpoint" in line and "--overwrite" in line
+    assert "finished run without a checkpoint" in line and "--overwrite" in line
     assert "already holds a run" in assert_fails(start(model, folder))
     assert state(folder) == before
 
@@ -223,10 +224,13 @@ def test_a_flag_that_is_given_when_resuming_wins_or_is_refused(whole, tmp_path):
     for name in ("plain", "decayed"):
         shutil.copytree(whole, tmp_path / name)
     before = state(tmp_path / "plain")
-    for flag, value in (("--freeze", "vision"), ("--num_iterations", 2), ("--lora_rank", 2)):
+    others = {"--freeze": "vision", "--num_iterations": 2, "--lora_rank": 2, "--model": "toy"}
+    for flag, value in others.items():
         words = ["--resume", "--max_steps", 7, flag, value]
         line = assert_fails(Stage(*words, output_dir=tmp_path / "plain"))
         assert f"checkpoint-6 was made with {flag} " in line and "must stay" in line
+    other_stage = Stage("--resume", "--max_steps", 7, output_dir=tmp_path / "plain", stage="sft")
+    assert "made with --stage grpo" in assert_fails(other_stage)
     assert state(tmp_path / "plain") == before
     run("--resume", "--max_steps", 7, output_dir=tmp_path / "plain")
     run("--resume", "--max_steps", 7, "--weight_decay", 0.5, output_dir=tmp_path / "decayed")
@@ -238,12 +242,15 @@ def test_overwriting_leaves_nothing_of_the_old_run_and_touches_nothing_else(mode
     shutil.copytree(whole, folder)
     (folder / "notes.txt").write_text("mine")
     (folder / "checkpoint-2-mine").mkdir()
+    (folder / "run").mkdir()
+    (folder / "run" / "events.out.tfevents.0").write_text("of tensorboard")
     words = ["--max_steps", 1, "--overwrite", "--eval_steps", 0, "--save_steps", 0]
     run("--model", model, *FLAGS, *words, output_dir=folder)
     assert [m["step"] for m in metrics(folder)] == [1]
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2-mine"]
     assert {line["step"] for line in read_lines(folder / "rollouts.jsonl")} == {1}
     assert not (folder / "best").exists() and (folder / "notes.txt").read_text() == "mine"
+    assert not [*folder.rglob("events*")]
 
 
 # --- what a run leaves ---------------------------------------------------------------------------

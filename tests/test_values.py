@@ -57,6 +57,40 @@ OPEN = [
     ("10^{-3}", 1, "10⁻³", "0.001"),
     ("35°", 1, "∠1 = 35°", r"\angle 2 = 35", "x_1 = 35"),
     ("35°", 0, "∠35 = 1°"),
+    # a sign before a letter
+    ("-x", 1, "-x", "$-x$"),
+    ("-x", 0, "x"),
+    ("x", 0, "-x"),
+    ("y = -x", 0, "y = x"),
+    (r"-\frac{b}{a}", 0, r"\frac{b}{a}"),
+    ("T-shirt", 1, "t-shirt", "T shirt"),
+    # a letter or a Greek one makes another value
+    ("3", 0, "3i", "3θ", r"3\alpha", r"\frac{3}{1}x"),
+    ("4 Ω", 1, "4 ohms", "4"),
+    # angles
+    ("60°", 1, "∠A = 60°", "∠1 = ∠2 = 60°", "m∠A = 60°", r"\angle B = 60", "∠A is 60°"),
+    # LaTeX text around a unit
+    ("60°", 1, r"60\text{ degrees}", r"60 \text{ degrees}"),
+    ("15%", 1, r"15 \text{ percent}"),
+    ("20 m/s", 1, r"20 \text{ m/s}", r"20 \, \mathrm{m/s}"),
+    ("20 m/s", 0, r"20 \text{ m}"),
+    (r"2\sqrt{3}", 1, r"2\,\sqrt{3}", r"2\;\sqrt{3}"),
+    # times, ratios and ranges
+    ("7:30", 1, "The time is 7:30", "7:30 am", "It shows 7:30.", "07:30"),
+    ("7:30", 0, "7:03", "8:30", "7:3"),
+    ("3:05", 0, "3:5", "3:50"),
+    ("1:2", 1, "1:2", "1∶2"),
+    ("5", 0, "up to 5", "almost 5", "5 plus", "exceeds 5", "5 or greater", "5 and up"),
+    # units and numbers in words
+    ("100 N", 1, "100 newtons", "100"),
+    ("4 V", 1, "4 volts"),
+    ("4 V", 0, "4 newtons"),
+    ("5 dm", 1, "5 decimeters"),
+    ("3", 1, "三", "三人", "三つ"),
+    ("6厘米", 1, "六厘米", "6 cm"),
+    ("23", 0, "一百二十三个"),
+    ("5", 0, "5 trillion"),
+    ("红色", 1, "答案是红色", "答案：红色"),
     # LaTeX that is no markup
     ("3", 0, r"\pm 3", r"\geq 3", r"x \neq 3", r"\log 3", r"3 - \theta", "3 cubed", "根号3", "负3"),
     ("30°", 0, r"\sin 30^\circ", r"\tan 30", r"30^\circ - \alpha"),
