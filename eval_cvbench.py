@@ -52,7 +52,7 @@ class EvalOptions(StageOptions):
     rescore: str | None = flag(None, "Score this responses.jsonl again, without a model")
     compare: list[str] = flag([], "Print these folders or scores.json files as one table")
 
-    def check(self) -> None:
+    def settle(self) -> None:
         if self.samples > 1 and self.temperature == 0:
             raise UserError("--samples needs --temperature 1: greedy responses are all alike")
         if self.dataset == "auto":

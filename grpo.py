@@ -95,8 +95,8 @@ class GRPOOptions(TrainingOptions):
         False, "Do not train on completions that were cut at the limit (DAPO, arXiv 2503.14476)"
     )
 
-    def check(self) -> None:
-        super().check()
+    def settle(self) -> None:
+        super().settle()
         if self.reward_weights and len(self.reward_weights) != len(self.rewards):
             raise UserError("argument --reward_weights: needs one weight for each of --rewards")
         self.functions = load_rewards(self.rewards)

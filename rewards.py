@@ -57,6 +57,19 @@ REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "length": lengt
 
 # --- what an answer states: the same rules for training and for evaluation ------------------------
 
+NAMED = " # "  # replaces the name of an option in a text
+FILLER = re.compile(r" (?:final|answer|option|is|it|答  案|\.) ")
+LETTERED = re.compile(r"\(?[A-H][).:] +\w")  # an open answer with its letter, "B. left"
+CLOSED = ([*"abcdefgh"], ["yes", "no"], ["true", "false"])  # open answers, judged like options
+# The letter in "A: cup", "a) cup", "(a) cup", "[A] cup", "A.cup", "A - cup", "Option A: cup" and
+# where it is all, but none in "A: B". The digit in "1. cup", but none in "1.5 m".
+OWN_LETTER = re.compile(
+    r"\A\s*(?:(?:option|choice|answer) +)?[(\[【*]*"
+    r"([A-Z]|\d(?=(?:[.):\]】、*]+\s*|\s+[-–—]\s+)[^\W\d]))"
+    r"(?:\s*[)\]】*.:、|\t\n]+\s*|\s+[-–—]\s+|\s*\Z)(?!\s*[A-Z]\s*\Z)",
+    re.IGNORECASE,
+)
+
 
 def is_correct(answer_text: str, row: dict) -> bool:
     """Whether `answer_text`, without its tags, states the row's answer and no other.
@@ -160,20 +173,6 @@ def stated_value(text: str) -> str | None:
         return None
     number, unit = found[0]
     return f"{number} {unit}" if re.fullmatch("[°%]|[ap]m|[cmk]?m[23]?", unit) else number
-
-
-NAMED = " # "  # replaces the name of an option in a text
-FILLER = re.compile(r" (?:final|answer|option|is|it|答  案|\.) ")
-LETTERED = re.compile(r"\(?[A-H][).:] +\w")  # an open answer with its letter, "B. left"
-CLOSED = ([*"abcdefgh"], ["yes", "no"], ["true", "false"])  # open answers, judged like options
-# The letter in "A: cup", "a) cup", "(a) cup", "[A] cup", "A.cup", "A - cup", "Option A: cup" and
-# where it is all, but none in "A: B". The digit in "1. cup", but none in "1.5 m".
-OWN_LETTER = re.compile(
-    r"\A\s*(?:(?:option|choice|answer) +)?[(\[【*]*"
-    r"([A-Z]|\d(?=(?:[.):\]】、*]+\s*|\s+[-–—]\s+)[^\W\d]))"
-    r"(?:\s*[)\]】*.:、|\t\n]+\s*|\s+[-–—]\s+|\s*\Z)(?!\s*[A-Z]\s*\Z)",
-    re.IGNORECASE,
-)
 
 
 # --- self-reflection ------------------------------------------------------------------------------

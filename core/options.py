@@ -98,8 +98,8 @@ class TrainingOptions(StageOptions):
     save_total_limit: int = flag(2, "Checkpoints to keep; 0 keeps all", ge=0)
     log_with: str | None = flag(None, "Tracker known to accelerate: tensorboard, wandb, …")
 
-    def check(self) -> None:
-        """Raise UserError for values that do not fit together."""
+    def settle(self) -> None:
+        """Fill in what depends on other flags. Raises UserError for what does not fit together."""
         if self.lora_rank and self.freeze == "language":
             raise UserError("argument --lora_rank: it trains what --freeze language freezes")
 
@@ -249,7 +249,7 @@ def parse_options(options_class: type, description: str | None = None, argv=None
         values = {f.name: f.metadata[recipe] for f in dataclasses.fields(options_class)}
         options = options_class(**values | given | {"recipe": recipe})
         options.recipe_reason = reason
-        options.check()
+        options.settle()
         options.output_dir = options.output_dir or folder
     except UserError as error:
         complain(f"{parser.prog}: error: {error}")

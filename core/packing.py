@@ -6,7 +6,7 @@ itself, and its positions start at the prompt's end, as if the other completions
 result is exact. (Shared-prefix forward: Prefix Grouper, arXiv 2506.05433.)
 
 Letters: B prompts, G completions per prompt, P prompt length, C completion length, T tokens of the
-packed sequence, N completion tokens among them, V vocabulary. Rows are prompt-major: b * G + g.
+packed sequence, M completion tokens among them, V vocabulary. Rows are prompt-major: b * G + g.
 """
 
 import math
@@ -41,9 +41,9 @@ class Packed:
     inputs: dict[str, Tensor]  # of the model: tokens, positions, mask, pixels
     places: Tensor  # (B*P + B*G*C,) which token of the sequence is in each cell of the grid
     cells: Tensor  # (T,) in which cell of the grid each token is
-    before: Tensor  # (N,) the token that predicts each completion token
-    targets: Tensor  # (N,) the completion tokens
-    results: Tensor  # (N,) where their log-probabilities belong in the flat `shape`
+    before: Tensor  # (M,) the token that predicts each completion token
+    targets: Tensor  # (M,) the completion tokens
+    results: Tensor  # (M,) where their log-probabilities belong in the flat `shape`
     shape: tuple[int, int, int]  # (B, G, C) as given
 
 
@@ -81,7 +81,7 @@ def pack_groups(
     own = places[B * P :].view(B, G, C)
     before = torch.cat([last_of_prompt, own[..., :-1]], -1)  # (B, G, C)
 
-    own_positions = (start[:, None, None] + torch.arange(C)).expand(B, G, C)[mask]  # (N,)
+    own_positions = (start[:, None, None] + torch.arange(C)).expand(B, G, C)[mask]  # (M,)
     own_positions = own_positions.expand(3, -1)  # the same on all axes
     seen_prompt = prompt_seen[:, None, None].expand(B, G, C, P)
     seen_itself = torch.ones(C, C, dtype=torch.bool).tril().expand(B, G, C, C)
@@ -165,10 +165,10 @@ def use_packed_attention(model: nn.Module) -> None:
 def token_logps(
     lm_head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature) of the targets, and the entropy: (N,), (N,).
+    """log softmax(logits / temperature) of the targets, and the entropy: (M,), (M,).
 
     The entropy, in nats, carries no gradient. The logits exist for a slice of the tokens at a time
-    and are computed again in the backward pass, so that memory does not grow with N * V.
+    and are computed again in the backward pass, so that memory does not grow with M * V.
     """
 
     def chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,7 +199,7 @@ def group_logps(
     if "pixel_values" not in packed.inputs and torch.distributed.is_initialized():
         nothing = 0 * see_blank_image(model)
     hidden = model.model(**packed.inputs, use_cache=False, packed=packed).last_hidden_state[0]
-    hidden = hidden[packed.before] + nothing  # (N, H)
+    hidden = hidden[packed.before] + nothing  # (M, H)
     both = token_logps(model.lm_head, hidden, packed.targets, temperature)
     zeros = torch.zeros(math.prod(packed.shape), device=hidden.device)
     logps, entropy = (zeros.index_copy(0, packed.results, x).view(packed.shape) for x in both)

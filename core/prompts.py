@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from core import files
 from core.options import StageOptions, TrainingOptions, UserError
-from core.qwen import Processor, Prompt, locate_checkpoint
+from core.qwen import Processor, Prompt, locate_model
 from data import DATASETS, BadRow, load_rows
 from toy.world import ToyRows
 
@@ -23,7 +23,7 @@ def check_sources(options: StageOptions, model: str, data_path: Any = None) -> N
         raise UserError(f"argument --image_folder: there is no folder {options.image_folder}")
     if options.dataset != "toy":
         files.locate(options.dataset, DATASETS, data_path)
-    locate_checkpoint(model, options.revision, ["config.json"])
+    locate_model(model, options.revision, ["config.json"])
 
 
 def open_rows(

@@ -158,7 +158,7 @@ def load_policy(
     limit holds, at most `MAX_PIXELS`. Raises UserError if the checkpoint is missing, damaged or
     incomplete, or if it is not a Qwen-VL.
     """
-    folder, commit = locate_checkpoint(name, revision)
+    folder, commit = locate_model(name, revision)
     try:
         for file in sorted(folder.iterdir()):
             read_checked(file)
@@ -233,7 +233,7 @@ def load_reference(options: TrainingOptions, accelerator: Accelerator) -> nn.Mod
     return reference.requires_grad_(False).eval().to(accelerator.device)
 
 
-def locate_checkpoint(
+def locate_model(
     name: str, revision: str | None, files: Sequence[str] = FILES
 ) -> tuple[Path, str | None]:
     """A Qwen-VL's folder, and the hub commit of its weights or of those that its run started from.

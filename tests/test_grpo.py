@@ -97,7 +97,7 @@ def test_the_sequence_level_ratio_by_hand():
     _, stats, grad = loss_of(*tokens, **settings | {"epsilon_high": 0.9})
     assert stats["clip_ratio"] == 1 and not grad.any(), "the whole completion is clipped"
     default = GRPOOptions(importance_sampling_level="sequence")
-    default.check()
+    default.settle()
     assert default.epsilon == 3e-4
 
 
@@ -212,7 +212,7 @@ def gradient_of(options: GRPOOptions, reference=None, without_last: bool = False
     rollout = Rollout(prompts, ids, mask, ids * 0.0, truncated, [""] * B * G)
 
     options.num_generations, options.prompts_per_update = G, B
-    options.check()
+    options.settle()
     accelerator = Accelerator(cpu=True)
     trained, counts = trained_tokens(rollout, options, accelerator)
     weights = grpo.token_weights(trained, options.loss_type, **counts)
