@@ -1,6 +1,7 @@
 """Reward functions by name, the user's own among them."""
 
 import runpy
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def load_rewards(names: Sequence[str]) -> dict[str, Callable[[str, dict], float]
             raise UserError(f"argument --rewards: unknown reward {name}. Valid: {valid}")
         if not Path(path).exists():
             raise UserError(f"argument --rewards: there is no file {path}")
+        sys.path.append(str(Path(path).parent.absolute()))  # it may import a file beside it
         functions[name] = runpy.run_path(path).get(function)
         if not callable(functions[name]):
             raise UserError(f"argument --rewards: {path} has no function {function}")

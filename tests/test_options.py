@@ -68,6 +68,16 @@ def test_sft_makes_the_papers_two_passes_over_sat_unless_a_flag_says_otherwise(t
     assert parse(*words, "--max_steps", 100, options=SFTOptions).epochs is None
 
 
+def test_a_reward_of_ones_own_may_import_a_module_beside_it(tmp_path):
+    (tmp_path / "words_of_mine.py").write_text("WORD = 'left'")
+    (tmp_path / "mine.py").write_text("""
+from words_of_mine import WORD
+def said(completion, row): return WORD in completion
+""")
+    name = f"{tmp_path}/mine.py:said"
+    assert parse("--rewards", name).functions[name]("so left", {}) is True
+
+
 def test_a_reward_that_is_given_twice_is_refused(capsys):
     assert "accuracy is given twice" in refused(capsys, "--rewards", "accuracy", "accuracy")
 
