@@ -64,7 +64,6 @@ def pack_groups(
     the right. Everything is computed from lengths on the CPU and moved to the model's device once,
     so that the forward pass never waits for the device.
     """
-    use_packed_attention(model)  # for a model that `load_policy` did not load
     inputs = {name: x.cpu() for name, x in prompt_inputs.items()}
     prompt_mask = inputs["attention_mask"].bool()  # (B, P), padded on the left
     positions, start = get_positions(model, inputs)
@@ -195,6 +194,7 @@ def group_logps(
     Float32, zero where there is no token. `with_entropy` adds the entropy of the distribution that
     each token was drawn from, in nats, (B, G, C), without gradient.
     """
+    use_packed_attention(model)  # for a model that `load_policy` did not load
     nothing = 0  # before the language model, because all processes must gather in one order
     if "pixel_values" not in packed.inputs and torch.distributed.is_initialized():
         nothing = 0 * see_blank_image(model)
