@@ -38,7 +38,8 @@ def find_checkpoint(options: TrainingOptions, accelerator: Accelerator) -> Path 
     """The checkpoint that the run resumes from, or None to start from the beginning.
 
     Exits if the run is complete. Raises UserError if the folder holds a run and neither `--resume`
-    nor `--overwrite` was given, or if a finished run kept no checkpoint.
+    nor `--overwrite` was given, if a finished run kept no checkpoint, or if an option changed that
+    must stay.
     """
     folder = Path(options.output_dir)
     if not options.resume:
@@ -67,7 +68,7 @@ def find_checkpoint(options: TrainingOptions, accelerator: Accelerator) -> Path 
     now = vars(options) | {"stage": Path(sys.argv[0]).stem}
     for name in ("stage", "model", "freeze", "lora_rank", "num_iterations"):
         if name in saved and saved[name] != now.get(name):
-            raise UserError(f"{newest} was made with --{name} {saved[name]}, which must stay")
+            raise UserError(f"{newest} was made with {name} {saved[name]}, which must stay")
     if accelerator.is_main_process:
         print(f"resuming from {newest}" if newest else f"no checkpoint in {folder}: starting anew")
     return newest

@@ -45,7 +45,9 @@ def locate(
             raise UserError(f"{path} does not exist")
     if not paths and not HUB_ID.fullmatch(repo):
         near = difflib.get_close_matches(name, ["toy", *known], 1) or ["toy", *known]
-        raise UserError(f"{name} is no dataset, folder or file; did you mean {', '.join(near)}?")
+        raise UserError(
+            f"{name or repr(name)} is no dataset, folder or file; did you mean {', '.join(near)}?"
+        )
     return [Path(path) for path in paths], repo, patterns
 
 
@@ -154,9 +156,8 @@ def _records(path: str) -> Iterator[dict]:
 
 # --- images --------------------------------------------------------------------------------------
 
-IMAGE_COLUMNS = (
-    "images image_bytes decoded_image image image_path image_paths img file_name".split()
-)
+IMAGE_COLUMNS = "images image_bytes decoded_image image image_path image_paths img".split()
+IMAGE_COLUMNS += ["file_name"]  # of an image folder's metadata.jsonl
 NUMBERED_IMAGE = re.compile(r"im(?:age|g)_?\d+", re.IGNORECASE)
 LIKELY_IMAGE = r"(?i)(\w+_)?(image|img|picture|photo|jpg)s?(\w*(path|url|link|list|id|name|file))?"
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # not EPS, which runs a program

@@ -90,7 +90,7 @@ class Logs:
                 events.unlink()
         for metrics in read_lines(self.folder / "metrics.jsonl"):
             self.note_best(metrics)
-        if self.best[1] > self.start_step:  # it is of updates that this run repeats
+        if self.best[1] > self.start_step:  # best/ is of updates that are repeated
             doomed, self.best = [*doomed, self.folder / "best"], (-1.0, 0)
         for path in filter(Path.exists, doomed):
             remove(path)

@@ -56,7 +56,7 @@ class GuardedStep:
         rate = learning_rate(self.options, step)
         for group in self.optimizer.param_groups:
             group |= {"lr": rate, "weight_decay": self.options.weight_decay}
-        limit = self.options.max_grad_norm or math.inf  # to measure the norm without a limit
+        limit = self.options.max_grad_norm or math.inf  # inf: measure the norm, clip nothing
         grad_norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), limit))
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:

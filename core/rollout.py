@@ -84,7 +84,7 @@ def sample(
     """Sample `num_generations` completions of each of B prompts.
 
     `step` is the number of the rollout and `prompts` are the indices of its prompts, by default
-    0 … B - 1. "captured" decoding replays CUDA graphs. Raises UserError where there are none.
+    0 … B - 1. "captured" decoding replays CUDA graphs and raises UserError without a CUDA GPU.
 
     Returns `completion_ids`, `completion_mask` and `logps` (see `draw`), all (B*G, C), where C is
     the length of the longest completion. The mask includes the end token and nothing after it.

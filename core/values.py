@@ -58,7 +58,7 @@ def values(text: str) -> list[tuple[str, str]]:
 
 
 def agree(one: tuple[str, str], other: tuple[str, str]) -> bool:
-    """Whether two values have equal numbers, and one unit or one without. 50% is also 0.5."""
+    """Whether two values have equal numbers, and no two units that differ. 50% is also 0.5."""
     (a, unit_a), (b, unit_b) = one, other
     if any(x != y for x, y in zip(unit_a.split(), unit_b.split(), strict=False)):
         return False
@@ -146,10 +146,8 @@ def _digits(match: re.Match) -> str:
 PARTS = {"halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7}
 PARTS |= {"eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12}
 UNITS = dict(sec="s", second="s", minute="min", min="min", hr="h", hour="h", foot="ft", feet="ft")
-UNITS |= dict(
-    inche="inch", mile="mi", yard="yd", kilo="kg", kg="kg", pound="lb", ounce="oz", yr="yr"
-)
-UNITS |= dict(year="yr", newton="n", volt="v", joule="j", watt="w", kelvin="k", ohm="ω")
+UNITS |= dict(inche="inch", mile="mi", yard="yd", kilo="kg", kg="kg", pound="lb", ounce="oz")
+UNITS |= dict(year="yr", yr="yr", newton="n", volt="v", joule="j", watt="w", kelvin="k", ohm="ω")
 HAN_UNITS = {"厘米": "cm", "公分": "cm", "毫米": "mm", "千米": "km", "公里": "km", "米": "m"}
 LATEX = dict(pm="±", mp="±", ge="≥", geq="≥", le="≤", leq="≤", gt=">", lt="<", ne="≠", neq="≠")
 LATEX |= dict(alpha="α", beta="β", gamma="γ", theta="θ", phi="φ", angle="∠", triangle="△")

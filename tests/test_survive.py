@@ -228,9 +228,9 @@ def test_a_flag_that_is_given_when_resuming_wins_or_is_refused(whole, tmp_path):
     for flag, value in others.items():
         words = ["--resume", "--max_steps", 7, flag, value]
         line = assert_fails(Stage(*words, output_dir=tmp_path / "plain"))
-        assert f"checkpoint-6 was made with {flag} " in line and "must stay" in line
+        assert f"checkpoint-6 was made with {flag[2:]} " in line and "must stay" in line
     other_stage = Stage("--resume", "--max_steps", 7, output_dir=tmp_path / "plain", stage="sft")
-    assert "made with --stage grpo" in assert_fails(other_stage)
+    assert "checkpoint-6 was made with stage grpo, which must stay" in assert_fails(other_stage)
     assert state(tmp_path / "plain") == before
     run("--resume", "--max_steps", 7, output_dir=tmp_path / "plain")
     run("--resume", "--max_steps", 7, "--weight_decay", 0.5, output_dir=tmp_path / "decayed")
